@@ -1,0 +1,1 @@
+"""Checkpoints in, artifact folders out."""

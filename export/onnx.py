@@ -1,0 +1,160 @@
+"""The ONNX exporter: an architecture written against `Ops` becomes one graph a part.
+
+The graph is written directly, not traced: no torch, one tensor in memory, and each operator is the one that
+ONNX Runtime has a fast kernel for. Opens in plain `onnxruntime`; attention is com.microsoft's
+MultiHeadAttention, a contrib operator of every ONNX Runtime build, phones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from medge.export.base import PartJob, Support
+from medge.export.onnx_graph import CONTRIB, OPSET, Graph
+from medge.manifest import Format
+from medge.quantize.onnx import UNFOLD, Linears
+from medge.quantize.scheme import Scheme
+from medge.spec import BuildOptions, ModelSpec, Part, Weight
+
+
+@dataclass
+class OnnxOps:
+    """`medge.spec.Ops` over ONNX values, which are names."""
+
+    graph: Graph
+    linear: Linears
+    taps: dict[str, tuple[str, Weight]] | None = None
+    """When a dict: filled with each linear layer's weight and a graph value that samples its input."""
+    tap_rows: int = 16
+    """How many rows (tokens) of a layer's input a tap samples, evenly spread."""
+
+    def patches(self, pixels: str, weight: Weight, bias: Weight, at: str) -> str:
+        """A strided convolution, then (B, D, H, W) -> (B, N, D)."""
+        kernel = weight.read()
+        bits = self.linear.scheme.rule(at).bits
+        stored = self.linear.stored(f"{at}.weight", kernel, bits)
+        strides = list(kernel.shape[2:])
+        inputs = [pixels, stored, self.graph.weight(f"{at}.bias", bias.read())]
+        y = self.graph.node("Conv", inputs, f"{at}.conv", strides=strides, kernel_shape=strides)
+        shape = self.graph.weight(f"{at}.shape", np.array([0, len(kernel), -1], np.int64))
+        y = self.graph.node("Reshape", [y, shape], f"{at}.flat")
+        return self.graph.node("Transpose", [y], f"{at}.out", perm=[0, 2, 1])
+
+    def embedding(self, ids: str, table: Weight, at: str) -> str:
+        """Rows of a table; 8 bits: int8 rows and a scale each, multiplied after the gather."""
+        rule = self.linear.scheme.rule(at)
+        if rule.bits > 8:
+            return self.graph.node(
+                "Gather", [self.linear.stored(f"{at}.weight", table.read(), rule.bits), ids], f"{at}.out"
+            )
+        matrix, scales = self.linear.rows(at, table)
+        rows = self.graph.node("Gather", [matrix, ids], f"{at}.rows")
+        rows = self.graph.node("Cast", [rows], f"{at}.rows.float", to=1)
+        return self.graph.node(
+            "Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out"
+        )
+
+    def constant(self, x: Weight, like: str, at: str) -> str:
+        """(1, N, D) expanded over the batch of `like`."""
+        value = x.read()
+        batch = self.graph.node("Shape", [like], f"{at}.batch", start=0, end=1)
+        rest = self.graph.weight(f"{at}.rest", np.array(value.shape[1:], np.int64))
+        shape = self.graph.node("Concat", [batch, rest], f"{at}.shape", axis=0)
+        return self.graph.node("Expand", [self.graph.weight(f"{at}.value", value), shape], f"{at}.out")
+
+    def add(self, x: str, y: str, at: str) -> str:
+        """A residual."""
+        return self.graph.node("Add", [x, y], f"{at}.out")
+
+    def add_weight(self, x: str, y: Weight, at: str) -> str:
+        """A position embedding."""
+        bits = self.linear.scheme.rule(at).bits
+        return self.graph.node(
+            "Add", [x, self.linear.stored(f"{at}.weight", y.read(), max(bits, 16))], f"{at}.out"
+        )
+
+    def layer_norm(self, x: str, gain: Weight, bias: Weight, eps: float, at: str) -> str:
+        """ONNX's own LayerNormalization."""
+        weights = [
+            self.graph.weight(f"{at}.weight", gain.read()),
+            self.graph.weight(f"{at}.bias", bias.read()),
+        ]
+        return self.graph.node("LayerNormalization", [x, *weights], f"{at}.out", axis=-1, epsilon=eps)
+
+    def linears(self, x: str, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[str]:
+        """Quantized by the scheme's rules."""
+        if self.taps is not None:
+            tap = self._tap(x, next(iter(layers)))
+            self.taps |= {name: (tap, weight) for name, (weight, _) in layers.items()}
+        return self.linear.emit(x, layers)
+
+    def gelu_tanh(self, x: str, at: str) -> str:
+        """ONNX's Gelu in its tanh form."""
+        return self.graph.node("Gelu", [x], f"{at}.out", approximate="tanh")
+
+    def attention(self, q: str, k: str, v: str, heads: int, at: str) -> str:
+        """Fused, in blocks that fit the cache: the scores never reach memory."""
+        y = self.graph.node(
+            "MultiHeadAttention", [q, k, v], f"{at}.attended", domain=CONTRIB, num_heads=heads
+        )
+        self.graph.shape(y, ["batch", f"{at}.tokens", f"{at}.width"])
+        return y
+
+    def token(self, x: str, index: int, at: str) -> str:
+        """One token of each sequence."""
+        return self.graph.node(
+            "Gather", [x, self.graph.weight(f"{at}.index", np.array(index, np.int64))], f"{at}.out", axis=1
+        )
+
+    def _tap(self, x: str, at: str) -> str:
+        """(rows, in): tokens i * n / rows of the flattened input, so that any token count is sampled evenly."""
+        width = self.graph.node("Shape", [x], f"{at}.tap.width", start=-1)
+        shape = self.graph.node(
+            "Concat",
+            [self.graph.weight("tap.any", np.array([-1], np.int64)), width],
+            f"{at}.tap.shape",
+            axis=0,
+        )
+        flat = self.graph.node("Reshape", [x, shape], f"{at}.tap.rows")
+        count = self.graph.node("Shape", [flat], f"{at}.tap.count", start=0, end=1)
+        steps = self.graph.weight("tap.steps", np.arange(self.tap_rows, dtype=np.int64))
+        scaled = self.graph.node("Mul", [steps, count], f"{at}.tap.scaled")
+        rows = self.graph.weight("tap.count", np.array([self.tap_rows], np.int64))
+        index = self.graph.node("Div", [scaled, rows], f"{at}.tap.index")
+        return self.graph.node("Gather", [flat, index], f"tap:{at}", axis=0)
+
+
+class OnnxExporter:
+    """Writes image_encoder.onnx, text_encoder.onnx, …, each with its .data file."""
+
+    format: Format = "onnx"
+    extra = "export"
+
+    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
+        """Every scheme, for every family whose parts are written against `Ops`."""
+        return Support(True)
+
+    def write(self, job: PartJob, folder: Path) -> list[str]:
+        """Stream the part into a graph; checked by onnx's own checker before it counts."""
+        path = folder / f"{job.part.name}.onnx"
+        with Graph(path) as graph:
+            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges))
+            inputs = {spec.name: spec.name for spec in job.part.inputs}
+            output = job.part.build(ops, inputs, job.read, BuildOptions(mlp_multiple=job.scheme.block))
+            graph.node("Identity", [output], job.part.outputs[0].name)
+            files = graph.save(job.part.name, job.part.inputs, job.part.outputs)
+        onnx.checker.check_model(path, full_check=True)
+        return files
+
+    def session(self, scheme: Scheme) -> dict[str, str]:
+        """4-bit files need their weights unfolded at load."""
+        return dict(UNFOLD) if any(rule.bits == 4 for rule in scheme.rules) else {}
+
+    def tools(self) -> dict[str, str]:
+        """Versions of what wrote the files."""
+        return {"onnx": onnx.__version__, "opset": str(OPSET)}

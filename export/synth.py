@@ -1,0 +1,145 @@
+"""Seeded random checkpoints in Hugging Face layout: everything can be tried and timed without gated weights.
+
+Random weights prove plumbing, speed and memory, never accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medge.errors import UnsupportedError, UsageError
+from medge.manifest import write_json
+from medge.registry import FAMILIES, find
+from medge.spec import FloatArray, ModelSpec
+from medge.staging import staged
+from medge.tensorfile import shard, write
+
+SHARD_BYTES = 2_000_000_000
+TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+_PREPROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "processor_class": "SiglipProcessor",
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_resize": True,
+    "resample": 3,
+}
+
+
+def synthesize(
+    model_id: str,
+    size: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    replace: bool = False,
+    on_tensor: Callable[[int], None] = lambda count: None,
+) -> ModelSpec:
+    """Write a random checkpoint; `on_tensor(parameters)` is called after each tensor, for a progress bar.
+
+    Raises:
+        UsageError: an unknown model or size, or `out` exists.
+        UnsupportedError: medge has no such architecture yet.
+    """
+    spec = _spec(model_id, size)
+
+    def produce(name: str) -> FloatArray:
+        value = tensor(name, spec.tensors[name], seed, depth=_depth(spec))
+        on_tensor(value.size)
+        return value
+
+    with staged(out, replace=replace) as folder:
+        _write_weights(folder, spec, produce)
+        _write_files(folder, spec)
+    return spec
+
+
+def parameters(model_id: str, size: str) -> int:
+    """How many weights a synthetic checkpoint has."""
+    return _spec(model_id, size).parameters
+
+
+def _spec(model_id: str, size: str) -> ModelSpec:
+    model = find(model_id)
+    if model.model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"medge has no {model.model_type} architecture yet, so no synthetic '{model_id}'"
+        )
+    family = FAMILIES[model.model_type]
+    if size not in family.configs:
+        raise UsageError(f"'{size}' is no size", f"Sizes: {', '.join(family.configs)}")
+    return family.spec(family.configs[size], id=f"{model_id}-{size}")
+
+
+def _depth(spec: ModelSpec) -> int:
+    return int(spec.config["vision_config"]["num_hidden_layers"])
+
+
+def tensor(name: str, shape: tuple[int, ...], seed: int, depth: int) -> FloatArray:
+    """One tensor, from the seed and its own name alone: the same whatever is written before it."""
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    if name in ("logit_scale", "logit_bias"):  # SigLIP's initial values: t = log 10, b = -10
+        return np.full(shape, math.log(10) if name == "logit_scale" else -10.0, np.float32)
+    mean, std = _distribution(name, shape, depth)
+    value = rng.standard_normal(shape, np.float32)
+    value *= np.float32(std)
+    value += np.float32(mean)
+    return value
+
+
+def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float, float]:
+    """Mean and deviation that keep activations of order one through the whole depth, as in a trained tower."""
+    if "norm" in name:
+        return (1.0, 0.2) if name.endswith("weight") else (0.0, 0.1)
+    if len(shape) < 2:
+        return 0.0, 0.05
+    if "position_embedding" in name:
+        return 0.0, 0.5
+    if "token_embedding" in name or name.endswith("probe"):
+        return 0.0, 1.0
+    std = math.prod(shape[1:]) ** -0.5
+    if name.endswith(("out_proj.weight", "fc2.weight")):  # residual branches shrink with depth
+        return 0.0, std * 2 * (2 * depth) ** -0.5
+    if name.endswith(("q_proj.weight", "k_proj.weight", "in_proj_weight")):  # attention that attends
+        return 0.0, std * 1.6
+    return 0.0, std
+
+
+def _write_weights(folder: Path, spec: ModelSpec, produce: Callable[[str], FloatArray]) -> None:
+    shards = list(shard(spec.tensors, SHARD_BYTES))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, tensors in enumerate(shards):
+        name = (
+            "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
+        total += write(folder / name, tensors, produce)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_files(folder: Path, spec: ModelSpec) -> None:
+    config: dict[str, Any] = {**spec.config, "torch_dtype": "float32"}
+    write_json(folder / "config.json", config)
+    size = {"height": spec.image.size, "width": spec.image.size}
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR | {"size": size})
+    with as_file(files("medge.models") / "siglip_tokenizer") as tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer / name, folder / name)
+    (folder / "README.md").write_text(
+        f"Seeded random weights in the layout of {json.dumps(spec.id)}, written by `medge synth`: no trained model.\n"
+    )

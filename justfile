@@ -1,0 +1,46 @@
+# Every verb of development. `just` is in the dev extra (rust-just): .venv/bin/just
+export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
+export HF_HUB_OFFLINE := "1"
+
+# what must pass before a commit: format, lint, types, import contracts, fast tests
+check: format-check lint types contracts test
+
+format:
+    ruff format
+    ruff check --fix
+
+format-check:
+    ruff format --check
+
+lint:
+    ruff check
+
+types:
+    mypy
+
+contracts:
+    lint-imports
+
+test *args:
+    pytest -n 2 {{args}}
+
+# full-size weights and training: about 20 minutes
+test-slow *args:
+    pytest -m slow --timeout 3600 {{args}}
+
+# README's and docs' generated parts, and the manifest's JSON Schema
+docs:
+    python docs/generate.py
+
+# every extra pinned with hashes, and no download address
+lock:
+    uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --generate-hashes \
+      --no-header --no-emit-index-url --no-annotate -q -o requirements.lock
+
+# retrain the demo model and its sample images from the packages that ship them
+train-demo out="/tmp/medge-demo-model":
+    python -m medge.demo.train --out {{out}}
+
+# full-size seeded weights against peers, ratios in one run: needs the peers extra, a quiet machine, 12 GB of disk
+bench-full dir="/tmp/medge-full":
+    python -m medge.benchmarks.full_size {{dir}}

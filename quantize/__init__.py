@@ -1,0 +1,1 @@
+"""What to quantize (schemes, as data) and how (numeric kernels, calibration, sensitivity)."""

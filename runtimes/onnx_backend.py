@@ -1,0 +1,75 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from medge.errors import CorruptError
+from medge.manifest import Artifact
+from medge.runtimes.base import RunOptions, Session, Tensors
+from medge.spec import FloatArray
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def physical_cores() -> int:
+    """Threads that help: one a physical core, and no more than this process may use."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
+
+
+class OnnxBackend:
+    """Opens .onnx parts."""
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)  # errors; a fallback is not the user's concern
+        self.name = f"onnxruntime {onnxruntime.__version__} cpu"
+
+    def open(self, artifact: Artifact, part: str, options: RunOptions) -> Session:
+        """Load one part.
+
+        Raises:
+            CorruptError: ONNX Runtime cannot read the file.
+        """
+        path = artifact.part_path(part)
+        return OnnxSession(str(path), artifact.manifest.session, options)
+
+
+class OnnxSession:
+    """One graph, ready to run."""
+
+    def __init__(self, path: str, settings: dict[str, str], options: RunOptions) -> None:
+        import onnxruntime
+
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path, session_options(settings, options), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises bare pybind exceptions of a dozen classes
+            first = str(error).splitlines()[0]
+            raise CorruptError(
+                f"ONNX Runtime cannot open {path}: {first}", "Export the artifact again"
+            ) from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Tensors) -> dict[str, FloatArray]:
+        """Run the graph once."""
+        values: list[Any] = self._session.run(self._outputs, dict(inputs))
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def session_options(settings: dict[str, str], options: RunOptions) -> onnxruntime.SessionOptions:
+    """The session that the artifact was measured with."""
+    import onnxruntime
+
+    session = onnxruntime.SessionOptions()
+    session.intra_op_num_threads = options.threads or physical_cores()
+    for key, value in settings.items():
+        session.add_session_config_entry(key, value)
+    return session

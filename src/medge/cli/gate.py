@@ -1,0 +1,183 @@
+"""Verbs that hold artifacts to their baseline: baseline capture, check, bench, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medge.cli.console import Force, Json, Threads, print_json, print_table, progress, say
+from medge.cli.inference import ArtifactPath, Templates
+
+if TYPE_CHECKING:
+    from medge.benchmarks.records import CheckResult, RunRecord
+    from medge.spec import Variant
+
+DataPath = Annotated[Path, typer.Option(help="A folder per class, or a CSV with path and label.")]
+ReportPath = Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    baseline = typer.Typer(help="Record what the reference answers.", no_args_is_help=True)
+    baseline.command()(capture)
+    baseline.callback()(lambda: None)  # keeps `capture` a sub-command while it is the only one
+    app.add_typer(baseline, name="baseline")
+    for verb in (check, bench, report):
+        app.command()(verb)
+
+
+def capture(
+    model: Annotated[str, typer.Argument(help="A model id, or a checkpoint folder.")],
+    data: DataPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The baseline folder to write.")],
+    template: Templates = None,
+    variant: Annotated[str | None, typer.Option(help="Preprocessing; default: the model's own.")] = None,
+    force: Force = False,
+) -> None:
+    """Run the torch reference over a dataset: CUDA fp16 where there is a GPU, else CPU fp32, named as such."""
+    from medge.benchmarks.baseline import TEMPLATES
+    from medge.benchmarks.baseline import capture as run
+    from medge.export.hub import resolve
+
+    with progress() as show:
+        baseline = run(
+            resolve(model).root,
+            data,
+            out,
+            templates=template or TEMPLATES,
+            variant=_variant(variant),
+            replace=force,
+            progress=lambda done, total: show("reference", done, total),
+        )
+    manifest = baseline.manifest
+    say(f"{out}: {len(manifest.images)} images, {len(manifest.labels)} labels, by {manifest.reference}")
+
+
+def _variant(value: str | None) -> Variant | None:
+    from typing import cast, get_args
+
+    from medge.errors import UsageError
+    from medge.spec import Variant
+
+    if value is not None and value not in get_args(Variant):
+        raise UsageError(f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}")
+    return cast("Variant | None", value)
+
+
+def check(
+    artifact: ArtifactPath,
+    against: Annotated[Path, typer.Option(help="A baseline folder.")],
+    data: Annotated[Path | None, typer.Option(help="Where the baseline's images lie now.")] = None,
+    report: ReportPath = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the result as JSON, for medge report.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Judge an artifact: ok, regressed (exit 1) or inconclusive, metric by metric with its interval."""
+    from medge.benchmarks.records import Report
+    from medge.benchmarks.regress import check as run
+    from medge.benchmarks.report import render
+    from medge.runtimes import RunOptions
+
+    with progress() as show:
+        result = run(
+            artifact,
+            against,
+            data=data,
+            options=RunOptions(threads=threads),
+            progress=lambda done, total: show("artifact", done, total),
+        )
+    if out is not None:
+        result.save(out)
+    if report is not None:
+        render(Report(checks=(result,)), report)
+    print_json(result.model_dump(mode="json")) if json else print_check(result)
+    if report is not None:
+        say(f"Report: {report.resolve()}")
+    if result.overall == "regressed":
+        raise typer.Exit(1)
+
+
+def print_check(result: CheckResult) -> None:
+    """The verdicts as a table, the overall one loud."""
+    from medge.benchmarks.report import number
+
+    title = f"{result.artifact.model} {result.artifact.format} {result.artifact.scheme} against {result.reference.name}"
+    rows = []
+    for v in result.verdicts:
+        interval = "" if v.low is None or v.high is None else f"{number(v.low, v.metric)} … {number(v.high, v.metric)}"
+        rows.append([v.metric, number(v.value, v.metric), interval, number(v.limit, v.metric), v.outcome])
+    print_table(title, ["metric", "value", "95 % interval", "limit", "verdict"], rows)
+    say({"ok": "OK: within every limit", "regressed": "REGRESSED", "inconclusive": "INCONCLUSIVE: not a pass; more images narrow the interval"}[result.overall])  # fmt: skip
+
+
+def bench(
+    artifact: ArtifactPath,
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
+    allow_noise: Annotated[bool, typer.Option("--allow-noise", help="Measure on a busy host, and say so.")] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the record as JSON, for medge report.")] = None,
+    json: Json = False,
+) -> None:
+    """Load time, latency, throughput, memory and size, in fresh processes, repeated until stable."""
+    from medge.benchmarks.latency import BenchOptions
+    from medge.benchmarks.latency import bench as run
+
+    options = BenchOptions(threads=threads, batch=batch, allow_noise=allow_noise)
+    with progress() as show:
+        record = run(artifact, options, lambda done, total: show("bench", done, total))
+    if out is not None:
+        record.save(out)
+    print_json(record.model_dump(mode="json")) if json else print_bench(record)
+
+
+def print_bench(record: RunRecord) -> None:
+    """The record as a table."""
+    from medge.benchmarks.report import seconds, size
+
+    rows = []
+    for metric, samples in record.samples.items():
+        show = seconds if metric.endswith("_seconds") else size
+        quantiles = [show(record.quantile(metric, q)) for q in (0.5, 0.9, 0.95)]
+        rows.append([metric.rpartition("_")[0].replace("_", " "), *quantiles, str(len(samples))])
+    subject, conditions = record.artifact, record.conditions
+    title = f"{subject.name}: {conditions.runtime}, {conditions.threads} threads, batch {conditions.batch}"
+    print_table(title, ["measure", "p50", "p90", "p95", "runs"], rows, numeric=1)
+    rate = record.images_per_second
+    say(f"{size(subject.bytes)}; " + (f"{rate:.2f} images/s; " if rate else "") + record.host.cpu)
+    for note in record.notes:
+        say(note)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="What check and bench kept with -o.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Put checks and benchmarks side by side in one self-contained HTML page."""
+    from medge.benchmarks.records import CheckResult, Report, RunRecord
+    from medge.benchmarks.report import render
+
+    checks = tuple(CheckResult.load(path) for path in results if _kind(path) == "check")
+    runs = tuple(RunRecord.load(path) for path in results if _kind(path) == "bench")
+    render(Report(checks=checks, runs=runs), out)
+    say(f"Report: {out.resolve()}")
+
+
+def _kind(path: Path) -> str:
+    """Which record a JSON file holds, by the field that only it has."""
+    import json
+
+    from medge.errors import CorruptError, UsageError
+
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CorruptError(f"{path} is no JSON: {error}", "Make it with medge check -o or medge bench -o") from None
+    found = [kind for field, kind in (("verdicts", "check"), ("samples", "bench")) if field in document]
+    if not found:
+        raise UsageError(f"{path} is neither a check nor a benchmark", "Make it with medge check -o or medge bench -o")
+    return found[0]

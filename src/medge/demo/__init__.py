@@ -1,0 +1,20 @@
+"""A tiny SigLIP that is really trained, and held-out images to try it on: a regression fixture.
+
+train.py makes `model/` and `images/` from the medical images that permissively licensed packages ship
+(sources.py); run.py is `medge demo`. Its crops come from a few images: never a medical claim.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+"""A checkpoint in Hugging Face layout: config, safetensors, tokenizer, preprocessor config."""
+
+IMAGES = Path(__file__).parent / "images"
+"""Held-out images, a folder a class; the folder's name is the label."""
+
+
+def labels() -> tuple[str, ...]:
+    """The classes of the demo images, in sorted order."""
+    return tuple(sorted(folder.name for folder in IMAGES.iterdir() if folder.is_dir()))

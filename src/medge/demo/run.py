@@ -1,0 +1,78 @@
+"""`medge demo`: the whole road on the demo model: export, parity, baseline, check, classify, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medge.benchmarks.baseline import Baseline, capture
+from medge.benchmarks.latency import BenchOptions, bench
+from medge.benchmarks.records import CheckResult, Report, RunRecord
+from medge.benchmarks.regress import check
+from medge.benchmarks.report import number, render, seconds, size
+from medge.checkpoint import Checkpoint
+from medge.demo import IMAGES, MODEL
+from medge.export.pipeline import export
+from medge.export.request import Request
+from medge.quantize.scheme import load
+from medge.runtimes import open as open_artifact
+
+Show = Callable[[str, int, int], None]
+SCHEMES = ("fp32", "int8")
+_SHOWN = ("cosine_min", "centred_cosine_min", "top1_agreement", "auc_delta")
+
+
+@dataclass
+class Demo:
+    """What there is to show."""
+
+    report: Path
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+def run(out: Path, show: Show) -> Demo:
+    """Run the demo into `out`; a second run replaces what the first wrote."""
+    out.mkdir(parents=True, exist_ok=True)
+    baseline = _baseline(out / "baseline", show)
+    checks, runs = [], []
+    for scheme in SCHEMES:
+        folder = out / scheme
+        export(Request(Checkpoint.open(MODEL), "onnx", load(scheme), folder, replace=True, on_progress=show))
+        checks.append(check(folder, out / "baseline", progress=lambda done, total: show("check", done, total)))
+        show("bench", 0, 0)
+        runs.append(bench(folder, BenchOptions(processes=1, seconds=1.0, allow_noise=True)))
+    report = out / "report.html"
+    render(Report(checks=tuple(checks), runs=tuple(runs)), report)
+    return _demo(report, baseline, checks, runs, out / SCHEMES[-1])
+
+
+def _baseline(out: Path, show: Show) -> Baseline:
+    return capture(MODEL, IMAGES, out, replace=True, progress=lambda done, total: show("reference", done, total))
+
+
+def _demo(
+    report: Path, baseline: Baseline, checks: list[CheckResult], runs: list[RunRecord], artifact: Path
+) -> Demo:
+    demo = Demo(report)
+    title = f"Against {baseline.manifest.reference}, {len(baseline.manifest.images)} held-out images"
+    demo.columns[title] = ["artifact", "size", *_SHOWN, "encode one image", "verdict"]
+    demo.tables[title] = [_row(one, timed) for one, timed in zip(checks, runs, strict=True)]
+    image = IMAGES / baseline.manifest.images[0]
+    title = f"{baseline.manifest.images[0]}, by the int8 artifact"
+    demo.columns[title] = ["label", "score", ""]
+    demo.tables[title] = _scores(artifact, image, baseline)
+    return demo
+
+
+def _row(one: CheckResult, timed: RunRecord) -> list[str]:
+    values = {verdict.metric: number(verdict.value, verdict.metric) for verdict in one.verdicts}
+    encode = seconds(timed.quantile("image_encoder_seconds", 0.5))
+    return [f"onnx {one.artifact.scheme}", size(one.artifact.bytes), *(values.get(m, "–") for m in _SHOWN), encode, one.overall]
+
+
+def _scores(artifact: Path, image: Path, baseline: Baseline) -> list[list[str]]:
+    labels = baseline.manifest.labels
+    (row,) = open_artifact(artifact).classify([image], labels, baseline.manifest.templates)
+    return [[labels[i], f"{row[i]:.4f}", "█" * round(float(row[i]) * 30)] for i in row.argsort()[::-1][:5]]

@@ -1,0 +1,165 @@
+"""What a model is, before any format: its parts, their tensors, its image and text contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+FloatArray = NDArray[np.float32]
+Variant = Literal["bigvision", "hf", "finetune", "serving"]
+"""The four official MedSigLIP preprocessings (Google-Health/medsiglip v1.0.0); see runtimes/preprocess.py."""
+
+
+class Frozen(BaseModel):
+    """A value type: validated, immutable, and closed to unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Frozen):
+    """A part's input or output. A named dimension ("batch") is free; a number is fixed."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+
+class ImageSpec(Frozen):
+    """How an image becomes a tensor: (channels, size, size) float32 in [-1, 1] by (x/255 - mean) / std."""
+
+    size: int = Field(gt=0, le=4096)
+    variant: Variant = "bigvision"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class TokenizerSpec(Frozen):
+    """How text becomes ids: a SentencePiece file, always padded to `length`."""
+
+    kind: Literal["siglip"] = "siglip"
+    file: str = "spiece.model"
+    length: int = Field(default=64, gt=0, le=65536)
+    pad_id: int = 1
+    eos_id: int = 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the checkpoint, read when an exporter reaches it, so that memory stays one tensor high.
+
+    `name` is the name that scheme rules match and that artifacts keep.
+    """
+
+    name: str
+    read: Callable[[], FloatArray]
+
+    def map(self, name: str, change: Callable[[FloatArray], FloatArray]) -> Weight:
+        """The tensor after an exact rewrite (a slice, a zero-padding, a fold), still unread."""
+        return Weight(name, lambda: change(self.read()))
+
+
+Value = TypeVar("Value")
+
+
+class Ops(Protocol[Value]):
+    """The few operations that the towers are made of. Each format implements them once.
+
+    An architecture is written once against this protocol (models/*.py), and every exporter turns it into
+    its own graph. Shapes: B batch, N tokens, D width. `at` names the place, as in the checkpoint.
+    """
+
+    def patches(self, pixels: Value, weight: Weight, bias: Weight, at: str) -> Value:
+        """(B, 3, S, S) -> (B, N, D): a convolution whose stride is its kernel, tokens in row order."""
+        ...
+
+    def embedding(self, ids: Value, table: Weight, at: str) -> Value:
+        """(B, N) int64 -> (B, N, D)."""
+        ...
+
+    def constant(self, x: Weight, like: Value, at: str) -> Value:
+        """A (1, N, D) weight repeated over the batch of `like`."""
+        ...
+
+    def add(self, x: Value, y: Value, at: str) -> Value:
+        """Elementwise sum of two values of one shape (a residual)."""
+        ...
+
+    def add_weight(self, x: Value, y: Weight, at: str) -> Value:
+        """Sum with a weight that broadcasts over the batch (a position embedding)."""
+        ...
+
+    def layer_norm(self, x: Value, gain: Weight, bias: Weight, eps: float, at: str) -> Value:
+        """Over the last axis."""
+        ...
+
+    def linears(self, x: Value, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[Value]:
+        """Linear layers that read the same input: name -> ((out, in) weight, bias). One quantization of x."""
+        ...
+
+    def gelu_tanh(self, x: Value, at: str) -> Value:
+        """The tanh approximation, which SigLIP and Gemma are trained with; never the erf form."""
+        ...
+
+    def attention(self, q: Value, k: Value, v: Value, heads: int, at: str) -> Value:
+        """Bidirectional softmax attention, scale 1/sqrt(D/heads): (B, M, D), (B, N, D), (B, N, D) -> (B, M, D)."""
+        ...
+
+    def token(self, x: Value, index: int, at: str) -> Value:
+        """(B, N, D) -> (B, D): one token; -1 is the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Exact rewrites that a format may ask of the architecture."""
+
+    mlp_multiple: int = 1
+    """Zero-pad the MLP's hidden width to a multiple of this. Exact: gelu(0) = 0 and fc2's new columns are 0."""
+
+
+Read = Callable[[str], Weight]
+"""A checkpoint as the architecture sees it: tensor name -> Weight."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a model that becomes one graph."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    build: Callable[[Ops[Any], Mapping[str, Any], Read, BuildOptions], Any]
+    """build(ops, inputs by name, checkpoint, options) -> the part's single output value."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One checkpoint's shape: everything that does not depend on format or scheme."""
+
+    id: str
+    hub_id: str
+    revision: str
+    task: Literal["embed", "generate"]
+    parts: tuple[Part, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    """Every tensor that the checkpoint must hold, and no other."""
+    image: ImageSpec
+    tokenizer: TokenizerSpec
+    config: Mapping[str, Any]
+    """The Hugging Face config.json."""
+    scalars: Mapping[str, str]
+    """Manifest scalar name -> checkpoint tensor: what scoring needs (SigLIP's logit scale and bias)."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return int(sum(np.prod(shape, dtype=np.int64) for shape in self.tensors.values()))
+
+    def part(self, name: str) -> Part:
+        """The part of that name."""
+        return next(part for part in self.parts if part.name == name)

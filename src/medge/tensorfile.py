@@ -1,0 +1,140 @@
+"""safetensors, streamed: one tensor in memory at a time, plain reads instead of a mapping.
+
+The safetensors package maps a file, and every touched page then counts as resident memory: 3.5 GB for
+MedSigLIP. Exports promise less, so this module reads and writes the same format tensor by tensor.
+Format: 8 bytes little-endian header length, a JSON header, then raw little-endian tensors
+(github.com/huggingface/safetensors, README).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medge.errors import CorruptError
+from medge.spec import FloatArray
+
+_MAX_HEADER = 100_000_000  # the reference implementation's own limit
+_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in its file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self) -> FloatArray:
+        """The tensor as float32.
+
+        Raises:
+            CorruptError: the file ends early (it shrank after its header was read).
+        """
+        count = math.prod(self.shape)
+        raw = np.fromfile(self.path, _numpy_dtype(self.dtype), count, offset=self.start)
+        if raw.size != count:
+            raise CorruptError(f"{self.path} ends inside '{self.name}'", "Download or copy it again")
+        return _to_float32(raw, self.dtype).reshape(self.shape)
+
+
+def _numpy_dtype(dtype: str) -> str:
+    return {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
+
+
+def _to_float32(raw: np.ndarray[Any, Any], dtype: str) -> FloatArray:
+    if dtype == "BF16":  # bfloat16 is the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Every tensor of a safetensors file, with offsets proven to lie inside it.
+
+    Raises:
+        CorruptError: truncated, no safetensors, or of a dtype that is no float.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > min(size - 8, _MAX_HEADER):
+            raise CorruptError(f"{path} is no safetensors file, or truncated", "Download or copy it again")
+        header = _parse(path, stream.read(length))
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise CorruptError(
+            f"{path} is no safetensors file: its header is no JSON", "Download or copy it again"
+        )
+    return header
+
+
+def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
+    try:
+        dtype, shape = value["dtype"], tuple(int(n) for n in value["shape"])
+        start, end = (base + int(offset) for offset in value["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise CorruptError(
+            f"{path}: the header entry of '{name}' is malformed", "Download it again"
+        ) from None
+    if dtype not in _ITEMSIZE:
+        raise CorruptError(
+            f"{path}: '{name}' has dtype {dtype}, weights are F32, F16 or BF16", "Use the original checkpoint"
+        )
+    if min(shape, default=0) < 0 or end - start != _ITEMSIZE[dtype] * math.prod(shape) or start < base:
+        raise CorruptError(f"{path}: offsets of '{name}' contradict its shape {shape}", "Download it again")
+    if end > size:
+        raise CorruptError(
+            f"{path} is truncated: '{name}' ends at byte {end} of {size}", "Download or copy it again"
+        )
+    return Entry(path, name, dtype, shape, start)
+
+
+def write(path: Path, tensors: Mapping[str, tuple[int, ...]], produce: Callable[[str], FloatArray]) -> int:
+    """Write float32 tensors one by one, asking `produce(name)` for each when its turn comes. Returns bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(raw)) + raw)
+        for name, shape in tensors.items():
+            value = np.ascontiguousarray(produce(name), "<f4")
+            assert value.shape == shape, (name, value.shape, shape)  # noqa: S101 - our own producer
+            stream.write(value.data)
+    return end
+
+
+def shard(tensors: Mapping[str, tuple[int, ...]], limit: int) -> Iterable[dict[str, tuple[int, ...]]]:
+    """Split an ordered set of float32 tensors into files of at most `limit` bytes (one tensor at least)."""
+    part: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, shape in tensors.items():
+        count = 4 * math.prod(shape)
+        if part and size + count > limit:
+            yield part
+            part, size = {}, 0
+        part[name] = shape
+        size += count
+    yield part
