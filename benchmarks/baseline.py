@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
+from medge.benchmarks import host
 from medge.benchmarks.datasets import Dataset, load_dataset
-from medge.benchmarks.host import Host, fingerprint
+from medge.benchmarks.host import Host
 from medge.benchmarks.records import Record
 from medge.errors import CorruptError, RegressedError, UsageError
 from medge.manifest import File, Sha256, describe, sha256
+from medge.runtimes.base import normalize
+from medge.runtimes.embed import IMAGE, Embedder
 from medge.spec import FloatArray, ImageSpec, Variant
 from medge.staging import staged
 from medge.tensorfile import read_header, write
-
-if TYPE_CHECKING:
-    from medge.runtimes.embed import Embedder
 
 BASELINE = "baseline.json"
 GOLDENS = "goldens.safetensors"
 TEMPLATES = ("{}",)
 WARM_UP = 3
+PIXELS = "pixel_values"
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) images."""
@@ -54,7 +54,9 @@ class BaselineManifest(Record):
     templates: tuple[str, ...] = Field(min_length=1)
     host: Host
     latency_seconds: tuple[float, ...]
-    """Per image, one at a time, from file to embedding."""
+    """Per image, one at a time, the encoder alone."""
+    noisy: str
+    """Why the host was too noisy to time on, at capture; empty when it was quiet."""
     goldens: File
 
 
@@ -154,7 +156,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A model's answers and the seconds that each image took, from file to embedding."""
+    """A model's answers and the seconds that the encoder alone took for each image."""
 
     goldens: Goldens
     seconds: tuple[float, ...]
@@ -169,14 +171,16 @@ def encode(embedder: Embedder, dataset: Dataset, templates: Sequence[str], progr
     Raises:
         RegressedError: an embedding is not finite.
     """
+    session = embedder.session(IMAGE)
     for item in dataset.items[:WARM_UP]:
-        embedder.embed_images([item.path])
+        session.run({PIXELS: embedder.pixels([item.path])})
     rows, seconds = [], []
     for done, item in enumerate(dataset.items, start=1):
+        pixels = embedder.pixels([item.path])
         start = time.perf_counter()
-        row = embedder.embed_images([item.path])
+        (row,) = session.run({PIXELS: pixels}).values()
         seconds.append(time.perf_counter() - start)
-        rows.append(_finite(row, f"the embedding of '{item.name}'", embedder))
+        rows.append(_finite(normalize(row), f"the embedding of '{item.name}'", embedder))
         progress(done, len(dataset.items))
     classes = _finite(embedder.class_embeddings(dataset.labels, templates), "a class embedding", embedder)
     goldens = Goldens(np.concatenate(rows), classes, dataset.targets.astype(np.float32))
@@ -233,6 +237,7 @@ def record(
     progress: Progress = quiet,
 ) -> Baseline:
     """Keep an opened reference's answers: what `capture` does, for any runtime that can serve as one."""
+    noisy = host.noise().reason
     encoded = encode(reference, dataset, templates, progress)
 
     def manifest(goldens: File) -> BaselineManifest:
@@ -247,8 +252,9 @@ def record(
             images=tuple(item.name for item in dataset.items),
             labels=dataset.labels,
             templates=tuple(templates),
-            host=fingerprint(),
+            host=host.fingerprint(),
             latency_seconds=encoded.seconds,
+            noisy=noisy,
             goldens=goldens,
         )
 

@@ -84,9 +84,9 @@ def fingerprint() -> Host:
         usable_cores=len(affinity(0)) if affinity else logical,
         isa=tuple(sorted({_FEATURES[flag] for flag in _flags(facts) if flag in _FEATURES})),
         ram_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        os=f"{platform.system()} {platform.release()} {platform.machine()}",
+        os=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions=dict(_versions()),
+        versions={"kernel": platform.release(), **dict(_versions())},
     )
 
 

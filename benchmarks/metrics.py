@@ -333,11 +333,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "latency_ratio",
-        "Time an image, of the reference's",
+        "Time an image, against the reference",
         "ratio",
         "at_most",
         "inferred",
-        "Median from file to embedding, one image at a time, over the reference's on the same host",
+        "Median of the image encoder alone, one image at a time, over the reference's on the same quiet host",
         None,
     ),
 )

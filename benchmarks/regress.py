@@ -53,11 +53,13 @@ def check(
         RegressedError: the artifact gives an embedding that is not finite.
     """
     opened, baseline = Artifact.open(artifact), Baseline.open(against)
+    noisy = host.noise().reason
     _same_model(opened.manifest, baseline.manifest)
     bounds = load_limits(opened.manifest.scheme, limits)
     dataset = _dataset(baseline.manifest, data)
     embedder = opener(artifact) if opener else _open(artifact, options)
     encoded = encode(embedder, dataset, baseline.manifest.templates, progress)
+    timed = _latency(baseline.manifest, encoded.seconds, embedder.name, noisy, bounds.get("latency_ratio"))
     return _result(opened, baseline, dataset, encoded, bounds, embedder.name)
 
 

@@ -62,7 +62,7 @@ def page(report: Report) -> str:
         words=WORDS,
         version=__version__,
     )
-    return html
+    return html.lstrip()
 
 
 def size(count: float | None) -> str:
@@ -70,8 +70,9 @@ def size(count: float | None) -> str:
     if count is None:
         return "–"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
+        if count >= 0.9995 * factor:
+            value = count / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
     return f"{count:.0f} B"
 
 
@@ -92,6 +93,8 @@ def number(value: float | None, metric: str) -> str:
         "ratio": f"{value:.2f}×",
         "share": f"{100 * value:+.1f} points" if metric in DELTAS else f"{100 * value:.1f} %",
     }[BY_NAME[metric].unit]
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")  # zero has no sign
     return text.replace("-", "−")
 
 
@@ -134,7 +137,7 @@ class VerdictView:
 
 
 class Histogram:
-    """Cosines of all images in bars, 320 x 150."""
+    """Cosines of all images in bars, 560 x 216."""
 
     bins = 24
 
@@ -144,9 +147,9 @@ class Histogram:
         low = min(low, high - 1e-6)
         counts, edges = np.histogram(cosines, bins=self.bins, range=(low, high))
         self.low, self.high, self.most = low, high, int(counts.max())
-        x, y = Scale(low, high, 34, 314), Scale(0, self.most, 126, 10)
+        x, y = Scale(low, high, 34, 554), Scale(0, self.most, 186, 10)
         self.bars = [
-            (x(left) + 0.5, y(count), x(right) - x(left) - 1, 126 - y(count))
+            (x(left) + 0.5, y(count), x(right) - x(left) - 1, 186 - y(count))
             for count, left, right in zip(counts.tolist(), edges[:-1], edges[1:], strict=True)
         ]
 

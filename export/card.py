@@ -15,19 +15,20 @@ def model_card(manifest: Manifest, title: str) -> str:
 
     template = (files("medge.export") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False,  # noqa: S701 - Markdown, not HTML
-       
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # noqa: S701 - Markdown, not HTML
     )
-    return environment.from_string(template).render(
+    card: str = environment.from_string(template).render(
         m=manifest, title=title, version=__version__, hai_def=manifest.licence == HAI_DEF, terms=HAI_DEF_TERMS
     )
+    return card
 
 
 def notice(licence: str) -> str:
     """NOTICE of an artifact: the terms that a Model Derivative passes on."""
-    modified = (
-        "The weights in this folder were converted and may be quantized by medge: they are modified files.\n"
-    )
+    modified = "The weights in this folder were converted and may be quantized by medge: they are modified files.\n"
     if licence != HAI_DEF:
         return modified + "They carry the licence of their source checkpoint.\n"
     return (

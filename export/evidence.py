@@ -53,8 +53,7 @@ def _decide(scheme: Scheme, ranges: dict[str, dict[str, Range]], measured: list[
     if scheme.budget is not None:
         high = spend(measured, scheme.budget)
         layers |= {
-            one.layer: f"{scheme.budget.high if one.layer in high else scheme.budget.low} bits"
-            for one in measured
+            one.layer: f"{scheme.budget.high if one.layer in high else scheme.budget.low} bits" for one in measured
         }
         scheme = scheme.with_high_layers(high)
     return Evidence(scheme, ranges, layers)

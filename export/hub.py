@@ -31,9 +31,7 @@ def fetch(model_id: str, revision: str | None = None) -> Path:
     model = find(model_id)
     hub = require("huggingface_hub", "export")
     try:
-        return Path(
-            hub.snapshot_download(model.hub_id, revision=revision or model.revision, allow_patterns=_FILES)
-        )
+        return Path(hub.snapshot_download(model.hub_id, revision=revision or model.revision, allow_patterns=_FILES))
     except Exception as error:
         raise _explain(hub, model, revision, error) from error
 

@@ -18,6 +18,7 @@ from medge.export.base import PartJob, Support
 from medge.export.onnx_graph import CONTRIB, OPSET, Graph
 from medge.manifest import Format
 from medge.quantize.onnx import UNFOLD, Linears
+from medge.quantize.onnx_attention import IntegerAttention
 from medge.quantize.scheme import Scheme
 from medge.spec import BuildOptions, ModelSpec, Part, Weight
 
@@ -28,6 +29,7 @@ class OnnxOps:
 
     graph: Graph
     linear: Linears
+    integer_attention: bool = False
     taps: dict[str, tuple[str, Weight]] | None = None
     """When a dict: filled with each linear layer's weight and a graph value that samples its input."""
     tap_rows: int = 16
@@ -55,28 +57,16 @@ class OnnxOps:
         matrix, scales = self.linear.rows(at, table)
         rows = self.graph.node("Gather", [matrix, ids], f"{at}.rows")
         rows = self.graph.node("Cast", [rows], f"{at}.rows.float", to=1)
-        return self.graph.node(
-            "Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out"
-        )
-
-    def constant(self, x: Weight, like: str, at: str) -> str:
-        """(1, N, D) expanded over the batch of `like`."""
-        value = x.read()
-        batch = self.graph.node("Shape", [like], f"{at}.batch", start=0, end=1)
-        rest = self.graph.weight(f"{at}.rest", np.array(value.shape[1:], np.int64))
-        shape = self.graph.node("Concat", [batch, rest], f"{at}.shape", axis=0)
-        return self.graph.node("Expand", [self.graph.weight(f"{at}.value", value), shape], f"{at}.out")
+        return self.graph.node("Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out")
 
     def add(self, x: str, y: str, at: str) -> str:
-        """A residual."""
-        return self.graph.node("Add", [x, y], f"{at}.out")
+        """A residual. A Sum, not an Add: ONNX Runtime fuses Add and LayerNormalization into an operator 10 times slower."""
+        return self.graph.node("Sum", [x, y], f"{at}.out")
 
     def add_weight(self, x: str, y: Weight, at: str) -> str:
         """A position embedding."""
         bits = self.linear.scheme.rule(at).bits
-        return self.graph.node(
-            "Add", [x, self.linear.stored(f"{at}.weight", y.read(), max(bits, 16))], f"{at}.out"
-        )
+        return self.graph.node("Add", [x, self.linear.stored(f"{at}.weight", y.read(), max(bits, 16))], f"{at}.out")
 
     def layer_norm(self, x: str, gain: Weight, bias: Weight, eps: float, at: str) -> str:
         """ONNX's own LayerNormalization."""
@@ -97,13 +87,32 @@ class OnnxOps:
         """ONNX's Gelu in its tanh form."""
         return self.graph.node("Gelu", [x], f"{at}.out", approximate="tanh")
 
-    def attention(self, q: str, k: str, v: str, heads: int, at: str) -> str:
-        """Fused, in blocks that fit the cache: the scores never reach memory."""
-        y = self.graph.node(
-            "MultiHeadAttention", [q, k, v], f"{at}.attended", domain=CONTRIB, num_heads=heads
-        )
+    def attention(self, q: str, k: str, v: str, heads: int, width: int, at: str) -> str:
+        """Fused in floats, in blocks that fit the cache; or in integers where the scheme says so and it pays."""
+        if self.integer_attention:
+            return IntegerAttention(self.graph, heads, at).emit(q, k, v, width // heads)
+        y = self.graph.node("MultiHeadAttention", [q, k, v], f"{at}.attended", domain=CONTRIB, num_heads=heads)
         self.graph.shape(y, ["batch", f"{at}.tokens", f"{at}.width"])
         return y
+
+    def attention_pool(self, x: str, scores: Weight, value: tuple[Weight, Weight], at: str) -> str:
+        """Softmax over the tokens a head, the tokens' mean a head, then the head's own slice of the projection."""
+        weight, bias = value[0].read(), value[1].read()
+        matrix = scores.read()
+        heads, (out, inp) = matrix.shape[1], weight.shape
+        y = self.graph.node("MatMul", [x, self.graph.weight(f"{at}.scores", matrix)], f"{at}.scores.tokens")
+        y = self.graph.node("Transpose", [y], f"{at}.scores.heads", perm=[0, 2, 1])
+        y = self.graph.node("Softmax", [y], f"{at}.probabilities", axis=-1)
+        y = self.graph.node("MatMul", [y, x], f"{at}.means")  # (B, H, D)
+        y = self.graph.node(
+            "Unsqueeze", [y, self.graph.weight(f"{at}.axis", np.array([2], np.int64))], f"{at}.means.row"
+        )
+        by_head = np.ascontiguousarray(weight.reshape(heads, out // heads, inp).transpose(0, 2, 1))
+        bits = max(16, self.linear.scheme.rule(f"{at}.v_proj").bits)
+        y = self.graph.node("MatMul", [y, self.linear.stored(f"{at}.v_proj.weight", by_head, bits)], f"{at}.values")
+        shape = self.graph.weight(f"{at}.shape", np.array([0, 1, -1], np.int64))
+        y = self.graph.node("Reshape", [y, shape], f"{at}.joined")
+        return self.graph.node("Add", [y, self.graph.weight(f"{at}.v_proj.bias", bias)], f"{at}.out")
 
     def token(self, x: str, index: int, at: str) -> str:
         """One token of each sequence."""
@@ -129,6 +138,10 @@ class OnnxOps:
         return self.graph.node("Gather", [flat, index], f"tap:{at}", axis=0)
 
 
+INTEGER_ATTENTION_FROM = 256
+"""Tokens from which attention in integers beats the fused operator; below, its many small nodes cost more."""
+
+
 class OnnxExporter:
     """Writes image_encoder.onnx, text_encoder.onnx, …, each with its .data file."""
 
@@ -143,7 +156,8 @@ class OnnxExporter:
         """Stream the part into a graph; checked by onnx's own checker before it counts."""
         path = folder / f"{job.part.name}.onnx"
         with Graph(path) as graph:
-            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges))
+            integers = job.scheme.attention == 8 and job.part.tokens >= INTEGER_ATTENTION_FROM
+            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges), integers)
             inputs = {spec.name: spec.name for spec in job.part.inputs}
             output = job.part.build(ops, inputs, job.read, BuildOptions(mlp_multiple=job.scheme.block))
             graph.node("Identity", [output], job.part.outputs[0].name)

@@ -86,9 +86,7 @@ class Graph:
             helper.make_opsetid("", OPSET),
             *(helper.make_opsetid(domain, 1) for domain in sorted(domains)),
         ]
-        model = helper.make_model(
-            graph, opset_imports=opsets, producer_name="medge", producer_version=__version__
-        )
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="medge", producer_version=__version__)
         model.ir_version = IR_VERSION
         self._stream.close()
         onnx.save(model, self.path)

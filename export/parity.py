@@ -42,9 +42,7 @@ class Expected:
     embeddings: dict[str, FloatArray]
 
 
-def expected(
-    checkpoint: Checkpoint, inputs: Inputs, variant: Variant, on_part: Callable[[str], None]
-) -> Expected:
+def expected(checkpoint: Checkpoint, inputs: Inputs, variant: Variant, on_part: Callable[[str], None]) -> Expected:
     """The CPU fp32 reference's embeddings, from the cache or computed one tower at a time."""
     path = _cache_path(checkpoint, inputs, variant)
     cached = _load(path)
@@ -124,9 +122,7 @@ def _load(path: Path) -> Expected | None:
 
     try:
         with safe_open(path, "numpy") as file:
-            return Expected(
-                file.metadata()["reference"], {name: file.get_tensor(name) for name in file.keys()}
-            )
+            return Expected(file.metadata()["reference"], {name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, KeyError, TypeError):  # absent or damaged: a cache may be either
         return None
 

@@ -65,6 +65,7 @@ def _write(request: Request, exporter: Exporter, folder: Path) -> None:
         for part in spec.parts
     )
     parts = {job.part.name: _part(exporter, job, folder) for job in jobs}
+    request.checkpoint.check_unread()
     manifest = _manifest(request, exporter, evidence, parts, _texts(request, folder))
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     if request.parity_samples:
@@ -92,9 +93,7 @@ def _finished(note: Path, folder: Path) -> PartFiles | None:
         found = PartFiles.model_validate_json(note.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    whole = all(
-        (folder / f.path).is_file() and (folder / f.path).stat().st_size == f.bytes for f in found.files
-    )
+    whole = all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.bytes for f in found.files)
     return found if whole else None
 
 

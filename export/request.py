@@ -70,9 +70,7 @@ class Request:
         """The preprocessing variant, validated."""
         value = self.settings.get("variant", self.checkpoint.spec.image.variant)
         if value not in get_args(Variant):
-            raise UsageError(
-                f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}"
-            )
+            raise UsageError(f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}")
         return cast("Variant", value)
 
     @property

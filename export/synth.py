@@ -74,9 +74,7 @@ def parameters(model_id: str, size: str) -> int:
 def _spec(model_id: str, size: str) -> ModelSpec:
     model = find(model_id)
     if model.model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"medge has no {model.model_type} architecture yet, so no synthetic '{model_id}'"
-        )
+        raise UnsupportedError(f"medge has no {model.model_type} architecture yet, so no synthetic '{model_id}'")
     family = FAMILIES[model.model_type]
     if size not in family.configs:
         raise UsageError(f"'{size}' is no size", f"Sizes: {', '.join(family.configs)}")
@@ -122,9 +120,7 @@ def _write_weights(folder: Path, spec: ModelSpec, produce: Callable[[str], Float
     weight_map: dict[str, str] = {}
     total = 0
     for i, tensors in enumerate(shards):
-        name = (
-            "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         total += write(folder / name, tensors, produce)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -65,9 +65,7 @@ def static_ranges(layers: Iterable[Layer], calibration: Calibration) -> dict[str
         found = ranges[layer.name] = activation_range(layer.inputs, calibration)
         matrix = layer.weight.read().T
         errors[layer.name] = relative_error(layer.inputs @ matrix, found.round_trip(layer.inputs) @ matrix)
-    left = sorted(errors, key=lambda name: errors[name], reverse=True)[
-        : int(len(errors) * calibration.leave_share)
-    ]
+    left = sorted(errors, key=lambda name: errors[name], reverse=True)[: int(len(errors) * calibration.leave_share)]
     return {name: found for name, found in ranges.items() if name not in left}
 
 

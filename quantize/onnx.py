@@ -140,16 +140,12 @@ class Linears:
         zeros = self.graph.weight(f"{at}.weight.zero", np.zeros(len(channel), np.int8))
         packed = self.graph.weight_int4(f"{at}.weight.int4", np.ascontiguousarray(quantized.values.T))
         blocks = self.graph.weight(f"{at}.weight.blocks", quantized.scales.T)
-        matrix = self.graph.node(
-            "DequantizeLinear", [packed, blocks], f"{at}.weight.float", axis=0, block_size=block
-        )
+        matrix = self.graph.node("DequantizeLinear", [packed, blocks], f"{at}.weight.float", axis=0, block_size=block)
         return self.graph.node("QuantizeLinear", [matrix, scales, zeros], f"{at}.weight", axis=1), scales
 
 
 def _to_fp16(at: str, value: FloatArray) -> np.ndarray[Any, Any]:
     """float16, refusing what it cannot hold."""
     if np.abs(value).max(initial=0) > 65504:
-        raise UnsupportedError(
-            f"'{at}' holds values beyond 65504, which float16 cannot", "Use scheme int8 or fp32"
-        )
+        raise UnsupportedError(f"'{at}' holds values beyond 65504, which float16 cannot", "Use scheme int8 or fp32")
     return value.astype(np.float16)

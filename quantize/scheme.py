@@ -68,6 +68,8 @@ class Scheme(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     activations: Activations
+    attention: Literal[32, 8] = 32
+    """Bits of attention's own two products; 8 only where a format has kernels for it and sequences are long."""
     parity_floor: float = Field(default=0.0, ge=0, le=1)
     """Least cosine to the reference that an export may show. It catches broken exports; `medge check` is the gate."""
     rules: tuple[Rule, ...] = Field(min_length=1)

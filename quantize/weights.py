@@ -59,7 +59,7 @@ def quantize(weight: FloatArray, bits: int, block: int | None = None, method: Me
 def _extremes(groups: FloatArray, bits: int) -> FloatArray:
     """The scale that maps a group's largest weight to the end of the integer range."""
     if bits == 8:
-        return np.abs(groups).max(-1) / np.float32(127)
+        return np.asarray(np.abs(groups).max(-1) / np.float32(127), np.float32)
     top, bottom = groups.max(-1), groups.min(-1)
     largest = np.where(top > -bottom, top, bottom)
     return np.asarray(largest / np.float32(-(2 ** (bits - 1))), np.float32)

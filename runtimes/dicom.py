@@ -15,7 +15,10 @@ SIGMOID function is honoured. MedGemma's three CT windows are its own recipe and
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import IO, Any
 
@@ -49,16 +52,32 @@ def read_dicom(stream: IO[bytes], name: str, frame: int = 0) -> Picture:
         UsageError: no DICOM, another modality, no pixels, no such frame, or pixels cut short.
     """
     pydicom = require("pydicom", "dicom")
-    header = _header(pydicom, stream, name)
-    _check_modality(header, name)
+    with _unlogged():
+        return _read(pydicom, stream, name, frame)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """pydicom's warnings quote what an element holds, in a damaged file perhaps a patient's name."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
     try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _read(pydicom: ModuleType, stream: IO[bytes], name: str, frame: int) -> Picture:
+    header = _header(pydicom, stream, name)
+    try:
+        _check_modality(header, name)
         _check_frame(header, name, frame)
         _check_codec(header, name)
         pixels = require("pydicom.pixels", "dicom").pixel_array(stream, index=frame)
         return _colour(pixels, header, name) if pixels.ndim == 3 else _grey(pixels, header, name)
     except MedgeError:
         raise
-    except Exception:  # A decoder given hostile bytes raises anything. Its text may quote a patient: not shown.
+    except Exception:  # a decoder given hostile bytes raises anything, and its text may quote a patient
         raise UsageError(
             f"{name}: its pixels are missing, cut short or not decodable", "Export it again, uncompressed"
         ) from None
@@ -74,9 +93,10 @@ def _header(pydicom: ModuleType, stream: IO[bytes], name: str) -> Any:
 
 
 def _check_modality(header: Any, name: str) -> None:
-    modality = header.get("Modality")
+    modality = str(header.get("Modality", ""))
     if modality not in MODALITIES:
-        code = modality if re.fullmatch("[A-Z]{1,16}", str(modality)) else "missing"  # else: a patient's, shifted
+        # In a damaged file another element's text, a patient's name, can stand here: only a code is shown.
+        code = modality if re.fullmatch("[A-Z]{1,16}", modality) else "missing"
         known = ", ".join(f"{key} ({text})" for key, text in MODALITIES.items())
         raise UsageError(f"{name}: its modality is {code}", f"MedSigLIP's pipeline reads {known}")
 
@@ -97,9 +117,8 @@ def _check_codec(header: Any, name: str) -> None:
     try:
         decoder = require("pydicom.pixels", "dicom").get_decoder(syntax)
     except NotImplementedError:
-        raise UsageError(
-            f"{name}: pydicom cannot decode its transfer syntax {syntax.keyword}", "Export it uncompressed"
-        ) from None
+        codec = syntax.keyword or "unknown"
+        raise UsageError(f"{name}: pydicom cannot decode its codec ({codec})", "Export it uncompressed") from None
     if not decoder.is_available:
         raise MissingExtraError(
             f"{name} is compressed as {syntax.name}, whose codec is not installed",
@@ -110,7 +129,7 @@ def _check_codec(header: Any, name: str) -> None:
 def _colour(pixels: NDArray[Any], header: Any, name: str) -> Picture:
     """RGB of 8 or 16 full bits; pydicom has turned YBR into RGB already."""
     if pixels.dtype not in (np.uint8, np.uint16) or int(header.BitsStored) != pixels.dtype.itemsize * 8:
-        raise UsageError(f"{name} has colours of {header.BitsStored} bits", "Export it with 8 or 16")
+        raise UsageError(f"{name} has colours of {int(header.BitsStored)} bits", "Export it with 8 or 16")
     return Picture(pixels)
 
 

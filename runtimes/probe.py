@@ -93,7 +93,7 @@ def fit(embeddings: FloatArray, labels: Sequence[str], weights_sha256: str, *, c
         raise UsageError("A probe needs images of at least two labels")
     model = linear.LogisticRegression(C=c, max_iter=2000, random_state=seed)
     model.fit(embeddings, [names.index(label) for label in labels])
-    weight, bias = np.float32(model.coef_), np.float32(model.intercept_)
+    weight, bias = np.asarray(model.coef_, np.float32), np.asarray(model.intercept_, np.float32)
     if len(names) == 2:  # scikit-learn keeps one row for two classes: the log-odds of the second
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        weight, bias = (np.concatenate([-x, x]) / np.float32(2) for x in (weight, bias))
     return Probe(tuple(names), np.ascontiguousarray(weight), np.ascontiguousarray(bias), weights_sha256)

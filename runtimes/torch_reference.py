@@ -71,7 +71,7 @@ class TorchSession:
         self._device = device
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
         self._output = "image_embeds" if part == IMAGE else "text_embeds"
-        self._model = _load(checkpoint, part, device, self._dtype)
+        self.module = _load(checkpoint, part, device, self._dtype)
 
     def run(self, inputs: Tensors) -> dict[str, FloatArray]:
         """The tower's pooled output."""
@@ -82,7 +82,7 @@ class TorchSession:
         }
         values = {name: v.to(self._dtype) if v.is_floating_point() else v for name, v in values.items()}
         with torch.inference_mode():
-            pooled = self._model(**values).pooler_output
+            pooled = self.module(**values).pooler_output
         return {self._output: pooled.float().cpu().numpy()}
 
 

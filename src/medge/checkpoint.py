@@ -27,6 +27,7 @@ class Checkpoint:
         self.root = root
         self.spec = spec
         self.entries = entries
+        self._sound: set[str] = set()
 
     @classmethod
     def open(cls, root: str | Path) -> Checkpoint:
@@ -54,10 +55,15 @@ class Checkpoint:
         with np.errstate(over="ignore", invalid="ignore"):
             finite = np.isfinite(value.sum(dtype=np.float64))
         if not finite:
-            raise CorruptError(
-                f"'{name}' in {self.entries[name].path} holds NaN or infinity", "Use a sound checkpoint"
-            )
+            raise CorruptError(f"'{name}' in {self.entries[name].path} holds NaN or infinity", "Use a sound checkpoint")
+        self._sound.add(name)
         return value
+
+    def check_unread(self) -> None:
+        """Read what nobody has asked for (a folded bias, say): its NaN would otherwise pass unnoticed."""
+        for name in self.entries:
+            if name not in self._sound:
+                self.read(name)
 
     def weight(self, name: str) -> Weight:
         """One tensor, unread; what architectures are built from."""
@@ -118,9 +124,7 @@ def _account(root: Path, spec: ModelSpec, entries: Mapping[str, Entry]) -> None:
     if missing:
         raise WeightsError(f"{root} lacks {_some(missing)}", "Download the whole checkpoint")
     if surplus:
-        raise CorruptError(
-            f"{root} holds {_some(surplus)}, which {spec.id} has not", "Is config.json its own?"
-        )
+        raise CorruptError(f"{root} holds {_some(surplus)}, which {spec.id} has not", "Is config.json its own?")
     for name, shape in spec.tensors.items():
         if entries[name].shape != shape:
             raise CorruptError(

@@ -153,9 +153,7 @@ class Artifact:
         for file in self.manifest.all_files():
             self._check_size(file)
             if sha256(self.path(file)) != file.sha256:
-                raise CorruptError(
-                    f"{self.root / file.path} was altered: its sha256 differs", "Export it again"
-                )
+                raise CorruptError(f"{self.root / file.path} was altered: its sha256 differs", "Export it again")
             yield file
 
     @property
@@ -191,9 +189,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{root} is no artifact: it has no {MANIFEST}", "Make one with: medge export"
-        ) from None
+        raise UsageError(f"{root} is no artifact: it has no {MANIFEST}", "Make one with: medge export") from None
     except ValueError as error:
         raise CorruptError(f"{path} is no JSON: {error}", "Export the artifact again") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -206,9 +202,7 @@ def read_manifest(root: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CorruptError(
-            f"{path} is invalid at '{where}': {first['msg']}", "Export the artifact again"
-        ) from None
+        raise CorruptError(f"{path} is invalid at '{where}': {first['msg']}", "Export the artifact again") from None
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -81,10 +81,6 @@ class Ops(Protocol[Value]):
         """(B, N) int64 -> (B, N, D)."""
         ...
 
-    def constant(self, x: Weight, like: Value, at: str) -> Value:
-        """A (1, N, D) weight repeated over the batch of `like`."""
-        ...
-
     def add(self, x: Value, y: Value, at: str) -> Value:
         """Elementwise sum of two values of one shape (a residual)."""
         ...
@@ -105,8 +101,20 @@ class Ops(Protocol[Value]):
         """The tanh approximation, which SigLIP and Gemma are trained with; never the erf form."""
         ...
 
-    def attention(self, q: Value, k: Value, v: Value, heads: int, at: str) -> Value:
-        """Bidirectional softmax attention, scale 1/sqrt(D/heads): (B, M, D), (B, N, D), (B, N, D) -> (B, M, D)."""
+    def attention(self, q: Value, k: Value, v: Value, heads: int, width: int, at: str) -> Value:
+        """Bidirectional softmax attention, scale 1/sqrt(D / heads) where D is `width`.
+
+        (B, M, D), (B, N, D), (B, N, D) -> (B, M, D).
+        """
+        ...
+
+    def attention_pool(self, x: Value, scores: Weight, value: tuple[Weight, Weight], at: str) -> Value:
+        """Attention with one constant query: (B, N, D) -> (B, 1, D).
+
+        `scores` (D, H) maps a token to each head's score, query, key projection and scale folded together;
+        `value` is the (D, D) projection of values and its bias, heads in row order. Tokens are averaged before
+        they are projected, which is the same sum in another order and N times cheaper.
+        """
         ...
 
     def token(self, x: Value, index: int, at: str) -> Value:
@@ -133,6 +141,8 @@ class Part:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    tokens: int
+    """How many tokens attend to each other: what decides how attention is best computed."""
     build: Callable[[Ops[Any], Mapping[str, Any], Read, BuildOptions], Any]
     """build(ops, inputs by name, checkpoint, options) -> the part's single output value."""
 

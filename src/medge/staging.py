@@ -63,7 +63,5 @@ def _explain(error: OSError, out: Path, resume_key: str | None) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UsageError(f"The disk is full while writing {out}", f"Free some space. {after}")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UsageError(
-            f"{out.parent} cannot be written: {error.strerror}", "Choose another folder with -o"
-        )
+        return UsageError(f"{out.parent} cannot be written: {error.strerror}", "Choose another folder with -o")
     return error

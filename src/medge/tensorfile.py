@@ -81,9 +81,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     except ValueError:
         header = None
     if not isinstance(header, dict):
-        raise CorruptError(
-            f"{path} is no safetensors file: its header is no JSON", "Download or copy it again"
-        )
+        raise CorruptError(f"{path} is no safetensors file: its header is no JSON", "Download or copy it again")
     return header
 
 
@@ -92,9 +90,7 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
         dtype, shape = value["dtype"], tuple(int(n) for n in value["shape"])
         start, end = (base + int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError):
-        raise CorruptError(
-            f"{path}: the header entry of '{name}' is malformed", "Download it again"
-        ) from None
+        raise CorruptError(f"{path}: the header entry of '{name}' is malformed", "Download it again") from None
     if dtype not in _ITEMSIZE:
         raise CorruptError(
             f"{path}: '{name}' has dtype {dtype}, weights are F32, F16 or BF16", "Use the original checkpoint"
@@ -102,9 +98,7 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
     if min(shape, default=0) < 0 or end - start != _ITEMSIZE[dtype] * math.prod(shape) or start < base:
         raise CorruptError(f"{path}: offsets of '{name}' contradict its shape {shape}", "Download it again")
     if end > size:
-        raise CorruptError(
-            f"{path} is truncated: '{name}' ends at byte {end} of {size}", "Download or copy it again"
-        )
+        raise CorruptError(f"{path} is truncated: '{name}' ends at byte {end} of {size}", "Download or copy it again")
     return Entry(path, name, dtype, shape, start)
 
 

@@ -62,9 +62,7 @@ def test_an_existing_baseline_is_kept(
 
 def test_a_failed_capture_leaves_nothing(tmp_path: Path, data: Path, fake: Callable[..., Embedder]) -> None:
     with pytest.raises(RegressedError):
-        record(
-            fake(poison=float("inf")), Identity("m", "", "0" * 64), load_dataset(data), tmp_path / "base"
-        )
+        record(fake(poison=float("inf")), Identity("m", "", "0" * 64), load_dataset(data), tmp_path / "base")
     assert not list(tmp_path.glob("*base*"))
 
 

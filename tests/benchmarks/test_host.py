@@ -1,4 +1,7 @@
 import json
+import os
+import platform
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -47,8 +50,8 @@ def test_an_arm_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "machdep.cpu.brand_string: Apple M3\nhw.optional.neon: 1\nhw.optional.arm.FEAT_I8MM: 1\n"
     monkeypatch.setattr(module, "_CPUINFO", SimpleNamespace(exists=lambda: False))
-    monkeypatch.setattr(module.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listed))
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listed))
     host = fingerprint()
     assert host.cpu == "Apple M3"
     assert host.isa == ("i8mm", "neon")
@@ -60,7 +63,7 @@ def test_this_machine() -> None:
     assert host.ram_gib > 0
     assert "numpy" in host.versions
     assert Host.model_validate(json.loads(host.model_dump_json())) == host
-    assert module.platform.node() not in host.model_dump_json()
+    assert platform.node() not in host.model_dump_json()
 
 
 def test_times_compare_across_versions_but_not_across_machines(host: Host) -> None:
@@ -87,7 +90,7 @@ def test_other_programs_are_seen_and_this_one_is_not_counted(monkeypatch: pytest
         return type(real)(**(dict.fromkeys(real._fields, 0.0) | {"user": busy, "idle": 4 * wall - busy}))
 
     monkeypatch.setattr(psutil, "cpu_times", cpu_times)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert noise(0.2).others == pytest.approx(0.25, abs=0.05)
 
 

@@ -67,7 +67,9 @@ def test_a_damaged_artifact_has_regressed(check: Callable[..., CheckResult]) -> 
 def test_damage_near_the_limit_is_inconclusive_on_auc(check: Callable[..., CheckResult]) -> None:
     """The observed AUC is hardly lower, but 36 images cannot exclude a loss beyond the limit."""
     auc = _verdicts(check(damage=0.2))["auc_delta"]
-    assert auc.value is not None and auc.low is not None and auc.high is not None
+    assert auc.value is not None
+    assert auc.low is not None
+    assert auc.high is not None
     assert auc.low < -0.005 <= auc.high
     assert auc.outcome == "inconclusive"
 
@@ -112,11 +114,9 @@ def test_an_added_image_is_another_dataset(check: Callable[..., CheckResult], da
         check()
 
 
-def test_moved_data_is_asked_for_and_found(
-    check: Callable[..., CheckResult], data: Path, tmp_path: Path
-) -> None:
+def test_moved_data_is_asked_for_and_found(check: Callable[..., CheckResult], data: Path, tmp_path: Path) -> None:
     moved = data.rename(tmp_path / "moved")
-    with pytest.raises(UsageError, match="not at .*--data DIR"):
+    with pytest.raises(UsageError, match=r"not at .*--data DIR"):
         check()
     assert check({"scheme": "int8-again"}, data=moved, damage=0.002).reference.images == 36
 

@@ -72,10 +72,9 @@ def test_the_interval_covers_the_true_difference_about_95_times_in_100() -> None
         positive = np.arange(150) < 60
         noise = rng.normal(size=150)
         base, cand = noise + positive, noise * 0.9 + rng.normal(size=150) * 0.43589 + 0.8 * positive
-        estimate = stats.auc_difference(
-            cand[:, None], base[:, None], positive[:, None], resamples=400, seed=seed
-        )
-        assert estimate.low is not None and estimate.high is not None
+        estimate = stats.auc_difference(cand[:, None], base[:, None], positive[:, None], resamples=400, seed=seed)
+        assert estimate.low is not None
+        assert estimate.high is not None
         covered += estimate.low <= truth <= estimate.high
     # 95 % of 120 is 114; a binomial of 0.93 (percentile intervals run a little short) leaves this band 1 in 1,000
     assert binom.ppf(0.001, runs, 0.93) <= covered
@@ -139,5 +138,6 @@ def test_median_ratio() -> None:
     rng = np.random.default_rng(9)
     estimate = stats.median_ratio(rng.normal(2, 0.1, 100), rng.normal(4, 0.1, 80))
     assert estimate.value == pytest.approx(0.5, abs=0.01)
-    assert estimate.low is not None and estimate.high is not None
+    assert estimate.low is not None
+    assert estimate.high is not None
     assert 0.48 < estimate.low < 0.5 < estimate.high < 0.52

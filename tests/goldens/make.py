@@ -22,7 +22,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_
 import numpy as np
 import PIL
 import PIL.Image
-import tensorflow as tf  # type: ignore[import-not-found]
+import tensorflow as tf  # type: ignore[import-untyped]
 import transformers
 
 HERE = Path(__file__).parent
@@ -34,7 +34,10 @@ LARGE = 448
 def inputs() -> dict[str, np.ndarray]:
     """Small pictures: up- and downscaling in one, both shapes, both depths, and the awkward ones."""
     rng = np.random.default_rng(0)
-    noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)  # noqa: E731
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
     y, x = np.mgrid[0:48, 0:64]
     smooth = np.stack([x * 4, y * 5, (x + y) * 2], axis=2).astype(np.uint8)
     deep = rng.integers(0, 65536, (10, 9), dtype=np.uint16)
@@ -58,17 +61,12 @@ def bigvision(image: np.ndarray, size: int) -> np.ndarray:
     if image.dtype == np.uint16:
         image = tf.io.decode_image(tf.io.encode_png(image), channels=3).numpy()
     resized = tf.image.resize(image, [size, size], method="bilinear", antialias=False)
-    return tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8).numpy()
+    return np.asarray(tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8))
 
 
 def hf(image: np.ndarray, size: int) -> np.ndarray:
-    """transformers' processor, without its last step (its `do_normalize` is in `levels`)."""
-    processor = transformers.SiglipImageProcessor(
-        size={"height": size, "width": size}, do_rescale=False, do_normalize=False
-    )
-    return processor(high_byte(image), input_data_format="channels_last", data_format="channels_last")["pixel_values"][
-        0
-    ]
+    """transformers' resize; its rescale and normalize are in `levels`."""
+    return processed(high_byte(image), size={"height": size, "width": size}, do_rescale=False, do_normalize=False)
 
 
 def finetune(image: np.ndarray, size: int) -> np.ndarray:
@@ -84,8 +82,7 @@ def serving(image: np.ndarray, size: int) -> np.ndarray:
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     padded = np.pad(scaled, ((top, side - height - top), (left, side - width - left), (0, 0)))
-    processor = transformers.SiglipImageProcessor(size={"height": size, "width": size}, do_rescale=False)
-    output = processor([padded], input_data_format="channels_last", data_format="channels_last")["pixel_values"][0]
+    output = processed(padded, size={"height": size, "width": size}, do_rescale=False)
     pixels = np.rint((output + 1) * 127.5).astype(np.uint8)
     if not np.array_equal(levels()[pixels], output):
         raise AssertionError("the container's output is not on the 256 levels")
@@ -99,9 +96,14 @@ def high_byte(image: np.ndarray) -> np.ndarray:
 
 def levels() -> np.ndarray:
     """What each 8-bit level becomes: transformers' rescale and normalize, run on all 256."""
-    processor = transformers.SiglipImageProcessor(do_resize=False)
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    return processor(ramp, input_data_format="channels_last", data_format="channels_last")["pixel_values"][0][0, :, 0]
+    return processed(ramp, do_resize=False)[0, :, 0]
+
+
+def processed(image: np.ndarray, **options: Any) -> np.ndarray:
+    """One (H, W, 3) image through transformers' processor, in the same layout."""
+    layout = {"input_data_format": "channels_last", "data_format": "channels_last"}
+    return np.asarray(transformers.SiglipImageProcessor(**options)([image], **layout)["pixel_values"][0])
 
 
 def base64_of(array: np.ndarray) -> str:
@@ -125,8 +127,9 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def texts() -> list[str]:
-    """Medical and hostile texts, see texts.json."""
-    return json.loads((HERE / "texts.json").read_text(encoding="utf-8"))
+    """Medical and hostile ones."""
+    loaded: list[str] = json.loads((HERE / "texts.json").read_text(encoding="utf-8"))
+    return loaded
 
 
 def tokenizer_cases() -> Iterator[dict[str, Any]]:

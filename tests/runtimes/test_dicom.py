@@ -207,11 +207,23 @@ def test_a_text_file_named_dcm(tmp_path: Path) -> None:
         load_image(path)
 
 
-def test_nothing_of_the_patient_reaches_the_message() -> None:
+def test_nothing_of_the_patient_reaches_a_message_or_a_log(caplog: pytest.LogCaptureFixture) -> None:
     data = packaged("CT_small.dcm", PatientName="Secret^Name")
-    with pytest.raises(UsageError) as caught:
-        load_image(data[:-8000])
-    assert "Secret" not in str(caught.value)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(data[: len(data) - int(rng.integers(2)) * 8000])
+        damaged[int(rng.integers(132, 1800))] = int(rng.integers(256))
+        try:
+            load_image(bytes(damaged))
+        except UsageError as error:
+            assert "Secret" not in str(error)  # noqa: PT017
+    with pydicom.config.disable_value_validation():
+        shifted = packaged("CT_small.dcm", Modality="Secret^Name").replace(b"ISO_IR 100", b"Secret^Set")
+    assert b"Secret^Set" in shifted
+    caplog.clear()
+    with pytest.raises(UsageError, match="its modality is missing"):
+        load_image(shifted)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("keyword", ["NumberOfFrames", "WindowWidth", "RescaleSlope", "BitsStored", "Rows"])

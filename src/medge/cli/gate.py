@@ -104,7 +104,7 @@ def print_check(result: CheckResult) -> None:
     """The verdicts as a table, the overall one loud."""
     from medge.benchmarks.report import number
 
-    title = f"{result.artifact.model} {result.artifact.format} {result.artifact.scheme} against {result.reference.name}"
+    title = f"{result.artifact.model} {result.artifact.format} {result.artifact.scheme} against {result.reference.runtime}"
     rows = []
     for v in result.verdicts:
         interval = "" if v.low is None or v.high is None else f"{number(v.low, v.metric)} … {number(v.high, v.metric)}"

@@ -52,9 +52,7 @@ def _baseline(out: Path, show: Show) -> Baseline:
     return capture(MODEL, IMAGES, out, replace=True, progress=lambda done, total: show("reference", done, total))
 
 
-def _demo(
-    report: Path, baseline: Baseline, checks: list[CheckResult], runs: list[RunRecord], artifact: Path
-) -> Demo:
+def _demo(report: Path, baseline: Baseline, checks: list[CheckResult], runs: list[RunRecord], artifact: Path) -> Demo:
     demo = Demo(report)
     title = f"Against {baseline.manifest.reference}, {len(baseline.manifest.images)} held-out images"
     demo.columns[title] = ["artifact", "size", *_SHOWN, "encode one image", "verdict"]
@@ -69,7 +67,13 @@ def _demo(
 def _row(one: CheckResult, timed: RunRecord) -> list[str]:
     values = {verdict.metric: number(verdict.value, verdict.metric) for verdict in one.verdicts}
     encode = seconds(timed.quantile("image_encoder_seconds", 0.5))
-    return [f"onnx {one.artifact.scheme}", size(one.artifact.bytes), *(values.get(m, "–") for m in _SHOWN), encode, one.overall]
+    return [
+        f"onnx {one.artifact.scheme}",
+        size(one.artifact.bytes),
+        *(values.get(m, "–") for m in _SHOWN),
+        encode,
+        one.overall,
+    ]
 
 
 def _scores(artifact: Path, image: Path, baseline: Baseline) -> list[list[str]]:

@@ -45,9 +45,7 @@ class TowerConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> TowerConfig:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         if self.hidden_act != "gelu_pytorch_tanh":
             raise ValueError(f"hidden_act '{self.hidden_act}': SigLIP has gelu_pytorch_tanh")
         return self
@@ -154,10 +152,13 @@ def _norm(ops: Ops[V], read: Read, x: V, at: str, eps: float) -> V:
 def _block(ops: Ops[V], read: Read, x: V, at: str, config: TowerConfig, options: BuildOptions) -> V:
     attn = f"{at}.self_attn"
     y = _norm(ops, read, x, f"{at}.layer_norm1", config.layer_norm_eps)
-    q, k, v = ops.linears(
-        y, {f"{attn}.{n}": _linear(read, f"{attn}.{n}") for n in ("q_proj", "k_proj", "v_proj")}
-    )
-    y = ops.attention(q, k, v, config.num_attention_heads, attn)
+    layers: dict[str, tuple[Weight, Weight | None]] = {
+        f"{attn}.{n}": _linear(read, f"{attn}.{n}") for n in ("q_proj", "k_proj", "v_proj")
+    }
+    # The key's bias adds the same to all scores of a query, and softmax drops it: exact, and one operation less.
+    layers[f"{attn}.k_proj"] = (read(f"{attn}.k_proj.weight"), None)
+    q, k, v = ops.linears(y, layers)
+    y = ops.attention(q, k, v, config.num_attention_heads, config.hidden_size, attn)
     (y,) = ops.linears(y, {f"{attn}.out_proj": _linear(read, f"{attn}.out_proj")})
     x = ops.add(x, y, f"{at}.residual1")
     y = _norm(ops, read, x, f"{at}.layer_norm2", config.layer_norm_eps)
@@ -171,22 +172,22 @@ def _encoder(ops: Ops[V], read: Read, x: V, tower: str, config: TowerConfig, opt
 
 
 def _map_head(ops: Ops[V], read: Read, x: V, config: VisionConfig, options: BuildOptions) -> V:
-    """Multi-head attention pooling. Its query is a constant, so the probe is folded through its projection."""
+    """Multi-head attention pooling. Its query is a constant, so all that leads to the scores folds into one matrix."""
     at, d = "vision_model.head", config.hidden_size
     weight, bias = read(f"{at}.attention.in_proj_weight"), read(f"{at}.attention.in_proj_bias")
     probe = read(f"{at}.probe")
 
-    def rows(i: int) -> tuple[Weight, Weight]:
-        name = f"{at}.attention.{'qkv'[i]}_proj"
-        part = slice(i * d, (i + 1) * d)
-        return weight.map(f"{name}.weight", lambda w: w[part]), bias.map(f"{name}.bias", lambda b: b[part])
+    def fold(p: FloatArray) -> FloatArray:
+        """(D, H): key projection times query, by head. The key's bias shifts a head's scores alike: softmax drops it."""
+        w, heads = weight.read(), config.num_attention_heads
+        query = (p.reshape(d) @ w[:d].T + bias.read()[:d]).reshape(heads, -1)
+        keys = w[d : 2 * d].reshape(heads, -1, d)
+        return np.asarray(np.einsum("hde,hd->eh", keys, query) * (d // heads) ** -0.5, np.float32)
 
-    def project(p: FloatArray) -> FloatArray:
-        return p @ weight.read()[:d].T + bias.read()[:d]
-
-    query = ops.constant(probe.map(f"{at}.query", project), x, f"{at}.query")
-    k, v = ops.linears(x, {f"{at}.attention.k_proj": rows(1), f"{at}.attention.v_proj": rows(2)})
-    y = ops.attention(query, k, v, config.num_attention_heads, f"{at}.attention")
+    scores = probe.map(f"{at}.attention.scores", fold)
+    name = f"{at}.attention.v_proj"
+    value = (weight.map(f"{name}.weight", lambda w: w[2 * d :]), bias.map(f"{name}.bias", lambda b: b[2 * d :]))
+    y = ops.attention_pool(x, scores, value, f"{at}.attention")
     (y,) = ops.linears(y, {f"{at}.attention.out_proj": _linear(read, f"{at}.attention.out_proj")})
     z = _norm(ops, read, y, f"{at}.layernorm", config.layer_norm_eps)
     y = ops.add(y, _mlp(ops, read, z, f"{at}.mlp", options), f"{at}.residual")
@@ -205,9 +206,7 @@ def image_encoder(
     return _map_head(ops, read, x, config, options)
 
 
-def text_encoder(
-    ops: Ops[V], inputs: Mapping[str, V], read: Read, options: BuildOptions, *, config: TextConfig
-) -> V:
+def text_encoder(ops: Ops[V], inputs: Mapping[str, V], read: Read, options: BuildOptions, *, config: TextConfig) -> V:
     """input_ids (B, 64), always padded to the full length, no mask -> text_embeds (B, D), not normalized."""
     at = "text_model.embeddings"
     x = ops.embedding(inputs["input_ids"], read(f"{at}.token_embedding.weight"), f"{at}.token_embedding")
@@ -283,12 +282,14 @@ def _parts(config: SiglipConfig) -> tuple[Part, Part]:
             "image_encoder",
             (TensorSpec(name="pixel_values", dtype="float32", shape=("batch", *pixels)),),
             (TensorSpec(name="image_embeds", dtype="float32", shape=("batch", vision.hidden_size)),),
+            vision.tokens,
             partial(image_encoder, config=vision),
         ),
         Part(
             "text_encoder",
             (TensorSpec(name="input_ids", dtype="int64", shape=("batch", text.max_position_embeddings)),),
             (TensorSpec(name="text_embeds", dtype="float32", shape=("batch", text.projection)),),
+            text.max_position_embeddings,
             partial(text_encoder, config=text),
         ),
     )

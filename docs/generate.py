@@ -1,0 +1,69 @@
+"""Write what the code knows into README and docs; `--check` fails when a file has fallen behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from medge.export.formats import targets
+from medge.manifest import json_schema
+from medge.quantize.scheme import load, names
+
+ROOT = Path(__file__).parent.parent
+
+
+def targets_table() -> str:
+    """README's matrix: one row a model and format."""
+    rows = ["| model | format | " + " | ".join(names()) + " | why not |", "|---|---|" + "---|" * len(names()) + "---|"]
+    cells: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for target in targets():
+        key = (target.model, target.format)
+        cells.setdefault(key, []).append("✓" if target.support.ok else "")
+        reasons.setdefault(key, []).append(target.support.reason)
+    for (model, format), marks in cells.items():
+        why = "; ".join(dict.fromkeys(reason for reason in reasons[model, format] if reason))
+        rows.append(f"| {model} | {format} | {' | '.join(marks)} | {why} |")
+    return "\n".join(rows)
+
+
+def schemes_table() -> str:
+    """The schemes with their titles."""
+    rows = ["| scheme | what it is | activations |", "|---|---|---|"]
+    rows += [f"| `{s.name}` | {s.title} | {s.activations} |" for s in map(load, names())]
+    return "\n".join(rows)
+
+
+def fill(text: str, mark: str, body: str) -> str:
+    """Replace what stands between <!-- mark --> and <!-- /mark -->."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}{body}\n{found[2]}", text, flags=re.DOTALL)
+
+
+def generated() -> dict[Path, str]:
+    """Every generated file with what it should hold."""
+    readme, schemes = ROOT / "README.md", ROOT / "docs/schemes.md"
+    return {
+        readme: fill(readme.read_text(encoding="utf-8"), "targets", targets_table()),
+        schemes: fill(schemes.read_text(encoding="utf-8"), "schemes", schemes_table()),
+        ROOT / "docs/manifest.schema.json": json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def main() -> int:
+    """Write, or with --check compare."""
+    stale = [path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            sys.stderr.write(f"{path.relative_to(ROOT)} is behind the code: run `just docs`\n")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(generated()[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+
+    sys.exit(main())

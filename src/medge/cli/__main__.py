@@ -1,0 +1,5 @@
+"""python -m medge.cli."""
+
+from medge.cli import main
+
+main()
