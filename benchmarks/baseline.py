@@ -160,6 +160,8 @@ class Encoded:
 
     goldens: Goldens
     seconds: tuple[float, ...]
+    noisy: str
+    """Why these seconds say little; empty when the host was quiet."""
 
 
 def encode(embedder: Embedder, dataset: Dataset, templates: Sequence[str], progress: Progress) -> Encoded:
@@ -171,6 +173,7 @@ def encode(embedder: Embedder, dataset: Dataset, templates: Sequence[str], progr
     Raises:
         RegressedError: an embedding is not finite.
     """
+    noisy = host.noise().reason
     session = embedder.session(IMAGE)
     for item in dataset.items[:WARM_UP]:
         session.run({PIXELS: embedder.pixels([item.path])})
@@ -180,11 +183,11 @@ def encode(embedder: Embedder, dataset: Dataset, templates: Sequence[str], progr
         start = time.perf_counter()
         (row,) = session.run({PIXELS: pixels}).values()
         seconds.append(time.perf_counter() - start)
-        rows.append(_finite(normalize(row), f"the embedding of '{item.name}'", embedder))
+        rows.append(normalize(_finite(row, f"the embedding of '{item.name}'", embedder)))
         progress(done, len(dataset.items))
     classes = _finite(embedder.class_embeddings(dataset.labels, templates), "a class embedding", embedder)
     goldens = Goldens(np.concatenate(rows), classes, dataset.targets.astype(np.float32))
-    return Encoded(goldens, tuple(seconds))
+    return Encoded(goldens, tuple(seconds), noisy)
 
 
 def _finite(values: FloatArray, what: str, embedder: Embedder) -> FloatArray:
@@ -237,7 +240,6 @@ def record(
     progress: Progress = quiet,
 ) -> Baseline:
     """Keep an opened reference's answers: what `capture` does, for any runtime that can serve as one."""
-    noisy = host.noise().reason
     encoded = encode(reference, dataset, templates, progress)
 
     def manifest(goldens: File) -> BaselineManifest:
@@ -254,7 +256,7 @@ def record(
             templates=tuple(templates),
             host=host.fingerprint(),
             latency_seconds=encoded.seconds,
-            noisy=noisy,
+            noisy=encoded.noisy,
             goldens=goldens,
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from medge.benchmarks.host import Host
 from medge.errors import CorruptError, UsageError
@@ -37,8 +37,15 @@ class Record(BaseModel):
     created: datetime = Field(default_factory=now)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        write_json(path, self.model_dump(mode="json"))
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            UsageError: it cannot be written there.
+        """
+        try:
+            write_json(path, self.model_dump(mode="json"))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -209,6 +216,13 @@ class CheckResult(Record):
     curves: tuple[Curve, ...] = ()
     dots: Dots | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recompute(cls, raw: Any) -> Any:
+        """A file's `overall` is for its readers; here the verdicts decide."""
+        return {key: value for key, value in raw.items() if key != "overall"} if isinstance(raw, dict) else raw
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def overall(self) -> Outcome:
         """The worst verdict. Inconclusive is no pass."""

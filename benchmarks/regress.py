@@ -20,7 +20,7 @@ from medge.benchmarks.datasets import Dataset, load_dataset
 from medge.benchmarks.host import Host, fingerprint
 from medge.benchmarks.metrics import BY_NAME, LIMITS, METRICS, Evidence, Limit, judge, load_limits
 from medge.benchmarks.records import Case, CheckResult, Curve, Dots, Reference, Subject, Verdict
-from medge.errors import CorruptError, UsageError
+from medge.errors import CorruptError, UsageError, require
 from medge.manifest import Artifact, Manifest
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ def check(
 
     Raises:
         UsageError: another model, dataset or preprocessing than the baseline's, or a scheme without limits.
+        MissingExtraError: scipy is not installed.
         CorruptError: the artifact or the baseline contradicts itself, or they differ in width.
         RegressedError: the artifact gives an embedding that is not finite.
     """
+    require("scipy", "eval")  # before minutes of work, not after
     opened, baseline = Artifact.open(artifact), Baseline.open(against)
-    noisy = host.noise().reason
     _same_model(opened.manifest, baseline.manifest)
     bounds = load_limits(opened.manifest.scheme, limits)
     dataset = _dataset(baseline.manifest, data)
     embedder = opener(artifact) if opener else _open(artifact, options)
     encoded = encode(embedder, dataset, baseline.manifest.templates, progress)
-    timed = _latency(baseline.manifest, encoded.seconds, embedder.name, noisy, bounds.get("latency_ratio"))
     return _result(opened, baseline, dataset, encoded, bounds, embedder.name)
 
 
@@ -109,7 +109,7 @@ def _result(
     _same_width(baseline.goldens, encoded.goldens)
     evidence = Evidence(baseline.goldens, encoded.goldens)
     verdicts, notes = _judge(evidence, limits)
-    timed = _latency(manifest, host, runtime, encoded.seconds, limits.get("latency_ratio"))
+    timed = _latency(manifest, host, runtime, encoded, limits.get("latency_ratio"))
     verdicts += [timed] if isinstance(timed, Verdict) else []
     notes += [timed] if isinstance(timed, str) else []
     return CheckResult(
@@ -151,7 +151,7 @@ def _judge(evidence: Evidence, limits: Mapping[str, Limit]) -> tuple[list[Verdic
 
 
 def _latency(
-    baseline: BaselineManifest, host: Host, runtime: str, seconds: tuple[float, ...], limit: Limit | None
+    baseline: BaselineManifest, host: Host, runtime: str, encoded: Encoded, limit: Limit | None
 ) -> Verdict | str:
     """A verdict on time, or the reason why there is none."""
     if limit is None:
@@ -160,8 +160,10 @@ def _latency(
         return "Time an image: not compared, the baseline was captured on another host."
     if on_gpu(baseline.reference) != on_gpu(runtime):
         return f"Time an image: not compared, {baseline.reference} and {runtime} are different devices."
-    ratio = stats.median_ratio(np.asarray(seconds), np.asarray(baseline.latency_seconds))
-    ours, theirs = (1e3 * float(np.median(samples)) for samples in (seconds, baseline.latency_seconds))
+    if noisy := encoded.noisy or baseline.noisy:
+        return f"Time an image: not compared, the host was not quiet: {noisy}."
+    ratio = stats.median_ratio(np.asarray(encoded.seconds), np.asarray(baseline.latency_seconds))
+    ours, theirs = (1e3 * float(np.median(samples)) for samples in (encoded.seconds, baseline.latency_seconds))
     return judge(BY_NAME["latency_ratio"], ratio, limit, f"{ours:.3g} ms, reference {theirs:.3g} ms")
 
 

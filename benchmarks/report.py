@@ -37,6 +37,7 @@ def render(report: Report, out: Path) -> None:
         partial.write_text(page(report), encoding="utf-8")
         partial.replace(out)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
 
 

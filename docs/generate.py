@@ -54,7 +54,9 @@ def generated() -> dict[Path, str]:
 
 def main() -> int:
     """Write, or with --check compare."""
-    stale = [path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv:
         for path in stale:
             sys.stderr.write(f"{path.relative_to(ROOT)} is behind the code: run `just docs`\n")
@@ -65,5 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-
     sys.exit(main())

@@ -44,7 +44,8 @@ def gather(request: Request, work: Path) -> Evidence:
         if scheme.calibration is not None:
             ranges[part.name] = static_ranges(layers, scheme.calibration)
         if scheme.budget is not None:
-            measured += sensitivity(layers, scheme.budget, scheme.block)
+            low = [layer for layer in layers if scheme.rule(layer.name).bits == scheme.budget.low]
+            measured += sensitivity(low, scheme.budget, scheme.block)
     return _decide(scheme, ranges, measured)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from medge.errors import UnsupportedError, UsageError
+from medge.errors import MissingExtraError, UnsupportedError, UsageError, require
 from medge.export.base import Exporter, Support
 from medge.manifest import Format
 from medge.quantize.scheme import Scheme, load, names
-from medge.registry import FAMILIES, MODELS
+from medge.registry import MODELS, family
 from medge.spec import ModelSpec
 
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -22,11 +22,13 @@ def find(format: str) -> Exporter:
     Raises:
         UsageError: no such format.
         UnsupportedError: medge knows the format, and has no exporter for it yet.
+        MissingExtraError: the format's extra is not installed.
     """
     if format not in FORMATS:
         raise UsageError(f"'{format}' is no format", f"Formats: {', '.join(FORMATS)}")
     if format != "onnx":
         raise UnsupportedError(_no_exporter(format), "Use --format onnx")
+    require("onnx", "export")
     from medge.export.onnx import OnnxExporter
 
     return OnnxExporter()
@@ -67,12 +69,9 @@ def targets() -> Iterator[Target]:
 
 
 def _support(model_id: str, format: str, scheme: str) -> Support:
-    model = MODELS[model_id]
-    if model.model_type not in FAMILIES:
-        return Support(False, f"medge reads no {model.model_type} checkpoints yet")
-    family = FAMILIES[model.model_type]
     try:
-        require_support(find(format), family.spec(family.configs["full"], id=model_id), load(scheme))
-    except UnsupportedError as error:
+        built = family(MODELS[model_id].model_type)
+        require_support(find(format), built.spec(built.configs["full"], id=model_id), load(scheme))
+    except (UnsupportedError, MissingExtraError) as error:
         return Support(False, error.message)
     return Support(True)

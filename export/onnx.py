@@ -60,7 +60,7 @@ class OnnxOps:
         return self.graph.node("Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out")
 
     def add(self, x: str, y: str, at: str) -> str:
-        """A residual. A Sum, not an Add: ONNX Runtime fuses Add and LayerNormalization into an operator 10 times slower."""
+        """A residual: a Sum, since ONNX Runtime fuses Add and LayerNormalization into an operator 10 times slower."""
         return self.graph.node("Sum", [x, y], f"{at}.out")
 
     def add_weight(self, x: str, y: Weight, at: str) -> str:

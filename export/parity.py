@@ -6,7 +6,9 @@ checkpoint pay for them once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +124,22 @@ def _load(path: Path) -> Expected | None:
 
     try:
         with safe_open(path, "numpy") as file:
-            return Expected(file.metadata()["reference"], {name: file.get_tensor(name) for name in file.keys()})
+            parts = file.keys()
+            return Expected(file.metadata()["reference"], {part: file.get_tensor(part) for part in parts})
     except (OSError, SafetensorError, KeyError, TypeError):  # absent or damaged: a cache may be either
         return None
 
 
 def _save(path: Path, value: Expected) -> None:
+    """Keep for the next export; a full disk or a read-only home costs time then, and nothing now."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(value.embeddings, partial, {"reference": value.reference})
-    partial.replace(path)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(value.embeddings, partial, {"reference": value.reference})
+        partial.replace(path)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            partial.unlink()

@@ -48,6 +48,9 @@ class Request:
                 raise UsageError(f"'{name}' is no setting of medge export", f"Settings: {known}")
         if self.layout not in LAYOUTS:
             raise UsageError(f"layout={self.layout} is none of: {', '.join(LAYOUTS)}")
+        _ = self.variant, self.parity_samples  # say now what would be wrong after minutes of work
+        if self.checkpoint.root.resolve().is_relative_to(self.out.resolve()):
+            raise UsageError(f"{self.out} holds the checkpoint itself", "Name another folder")
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
         """A callback that adds up what is done of a stage and reports it."""

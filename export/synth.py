@@ -103,16 +103,14 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
         return (1.0, 0.2) if name.endswith("weight") else (0.0, 0.1)
     if len(shape) < 2:
         return 0.0, 0.05
-    if "position_embedding" in name:
-        return 0.0, 0.5
-    if "token_embedding" in name or name.endswith("probe"):
-        return 0.0, 1.0
-    std = math.prod(shape[1:]) ** -0.5
+    if name.endswith(("_embedding.weight", "probe")) and "patch" not in name:
+        return 0.0, 0.5 if "position" in name else 1.0
+    gain = 1.0
     if name.endswith(("out_proj.weight", "fc2.weight")):  # residual branches shrink with depth
-        return 0.0, std * 2 * (2 * depth) ** -0.5
-    if name.endswith(("q_proj.weight", "k_proj.weight", "in_proj_weight")):  # attention that attends
-        return 0.0, std * 1.6
-    return 0.0, std
+        gain = 2 * (2 * depth) ** -0.5
+    elif name.endswith(("q_proj.weight", "k_proj.weight", "in_proj_weight")):  # attention that attends
+        gain = 1.6
+    return 0.0, gain * math.prod(shape[1:]) ** -0.5
 
 
 def _write_weights(folder: Path, spec: ModelSpec, produce: Callable[[str], FloatArray]) -> None:

@@ -139,7 +139,8 @@ class Linears:
         scales = self.graph.weight(f"{at}.weight.scale", np.where(channel == 0, np.float32(1), channel))
         zeros = self.graph.weight(f"{at}.weight.zero", np.zeros(len(channel), np.int8))
         packed = self.graph.weight_int4(f"{at}.weight.int4", np.ascontiguousarray(quantized.values.T))
-        blocks = self.graph.weight(f"{at}.weight.blocks", quantized.scales.T)
+        blocks = self.graph.weight(f"{at}.weight.blocks.fp16", quantized.scales.T.astype(np.float16))
+        blocks = self.graph.node("Cast", [blocks], f"{at}.weight.blocks", to=_FLOAT)
         matrix = self.graph.node("DequantizeLinear", [packed, blocks], f"{at}.weight.float", axis=0, block_size=block)
         return self.graph.node("QuantizeLinear", [matrix, scales, zeros], f"{at}.weight", axis=1), scales
 

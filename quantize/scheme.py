@@ -7,13 +7,14 @@ Schemes are TOML files beside this module; a user's own file is named by its pat
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medge.errors import UsageError
 from medge.spec import Frozen
@@ -76,6 +77,12 @@ class Scheme(Frozen):
     calibration: Calibration | None = None
     budget: Budget | None = None
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Scheme:
+        if (self.activations == "static") != (self.calibration is not None):
+            raise ValueError("static activations and a [calibration] table need each other")
+        return self
+
     def rule(self, layer: str) -> Rule:
         """The first rule whose expression matches the whole layer name.
 
@@ -90,7 +97,7 @@ class Scheme(Frozen):
     @property
     def block(self) -> int:
         """The multiple that rows must have for every rule's block to divide them."""
-        return max((rule.block or 1 for rule in self.rules), default=1)
+        return math.lcm(*(rule.block or 1 for rule in self.rules))
 
     @property
     def digest(self) -> str:

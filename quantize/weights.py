@@ -40,19 +40,27 @@ def quantize(weight: FloatArray, bits: int, block: int | None = None, method: Me
     """Symmetric rounding to `bits`, one scale an output channel or a block of `block` inputs.
 
     8 bits use -127..127; 4 bits use -8..7 with the sign of the scale chosen so that the largest weight of a
-    block meets -8, as in ggml's Q4_0: one more level where it matters.
+    block meets -8, as in ggml's Q4_0: one more level where it matters. Scales of blocks are rounded to float16
+    before the weights are, so that they can be stored in 2 bytes without a further error.
 
     Raises:
-        UnsupportedError: the block does not divide the row; pad it (BuildOptions.mlp_multiple).
+        UnsupportedError: the block does not divide the row; pad it (BuildOptions.mlp_multiple). Or a weight is
+            so large that float16 cannot hold its block's scale.
     """
     out, inp = weight.shape
     width = block or inp
     if inp % width:
         raise UnsupportedError(f"Blocks of {width} do not divide rows of {inp}", "Zero-pad the layer first")
     groups = weight.reshape(out, inp // width, width)
-    values, scales = _round(groups, bits, _extremes(groups, bits))
+    store = np.float16 if block else np.float32
+    extremes = _extremes(groups, bits)
+    if np.abs(extremes).max(initial=0) > np.finfo(store).max:
+        raise UnsupportedError(
+            f"Weights of {np.abs(groups).max():.3g} need block scales beyond float16", "Quantize without blocks"
+        )
+    values, scales = _round(groups, bits, extremes, store)
     if method == "mse":
-        values, scales = _search(groups, bits, values, scales)
+        values, scales = _search(groups, bits, values, scales, store)
     return Quantized(values.reshape(out, inp), scales)
 
 
@@ -65,9 +73,11 @@ def _extremes(groups: FloatArray, bits: int) -> FloatArray:
     return np.asarray(largest / np.float32(-(2 ** (bits - 1))), np.float32)
 
 
-def _round(groups: FloatArray, bits: int, scales: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
+def _round(groups: FloatArray, bits: int, scales: FloatArray, store: type) -> tuple[NDArray[np.int8], FloatArray]:
     low, high = (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    scales = scales.astype(store).astype(np.float32)
+    invertible = np.abs(scales) >= np.finfo(np.float32).tiny  # 1 / a subnormal scale may overflow
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=invertible)
     scaled = groups * inverse[..., None]
     np.rint(scaled, out=scaled)
     np.clip(scaled, low, high, out=scaled)
@@ -81,11 +91,11 @@ def _error(groups: FloatArray, values: NDArray[np.int8], scales: FloatArray) -> 
 
 
 def _search(
-    groups: FloatArray, bits: int, values: NDArray[np.int8], scales: FloatArray
+    groups: FloatArray, bits: int, values: NDArray[np.int8], scales: FloatArray, store: type
 ) -> tuple[NDArray[np.int8], FloatArray]:
     full, best = scales, _error(groups, values, scales)
     for shrink in _GRID[1:]:
-        tried, tried_scales = _round(groups, bits, full * shrink)
+        tried, tried_scales = _round(groups, bits, full * shrink, store)
         error = _error(groups, tried, tried_scales)
         better = error < best
         best = np.where(better, error, best)

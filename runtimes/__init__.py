@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from medge.errors import MissingExtraError, UnsupportedError
+from medge.errors import CorruptError, MissingExtraError, UnsupportedError
 from medge.manifest import Artifact
 from medge.runtimes.base import Backend, RunOptions
-from medge.runtimes.embed import Embedder
+from medge.runtimes.embed import SCALARS, Embedder
 
 __all__ = ["Embedder", "RunOptions", "open"]
 
@@ -25,12 +25,15 @@ def open(path: str | Path, options: RunOptions | None = None) -> Embedder:
     manifest = artifact.manifest
     if manifest.image is None or manifest.tokenizer is None:
         raise UnsupportedError(f"{path} holds a '{manifest.task}' model, which this medge cannot run yet")
+    missing = [name for name in SCALARS if name not in manifest.scalars]
+    if missing:
+        raise CorruptError(f"{path} lacks the scalars {', '.join(missing)}", "Export the artifact again")
     backend = _backend(manifest.format)
     return Embedder(
         partial(backend.open, artifact, options=options or RunOptions()),
         name=backend.name,
         image=manifest.image,
-        tokenizer=(artifact.root / manifest.tokenizer.file, manifest.tokenizer),
+        tokenizer=(artifact.file(manifest.tokenizer.file), manifest.tokenizer),
         scalars=manifest.scalars,
         root=artifact.root,
     )
@@ -42,7 +45,5 @@ def _backend(format: str) -> Backend:
 
         return OnnxBackend()
     if format in ("executorch", "coreml", "gguf"):
-        raise MissingExtraError(
-            f"This medge runs no {format} artifacts yet", "Export the model with --format onnx"
-        )
+        raise MissingExtraError(f"This medge runs no {format} artifacts yet", "Export the model with --format onnx")
     raise UnsupportedError(f"'{format}' is no format that medge knows")

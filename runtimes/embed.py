@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from medge.errors import UsageError
+from medge.errors import CorruptError, UsageError
 from medge.runtimes.base import Session, normalize
 from medge.runtimes.images import ImageLike, load_image
 from medge.runtimes.preprocess import preprocess
@@ -23,6 +23,8 @@ from medge.spec import FloatArray, ImageSpec, TokenizerSpec
 T = TypeVar("T")
 
 IMAGE, TEXT = "image_encoder", "text_encoder"
+SCALARS = ("logit_scale", "logit_bias")
+"""What scoring needs beside the embeddings."""
 
 
 class Embedder:
@@ -75,9 +77,7 @@ class Embedder:
         """(N, 3, S, S) float32 in [-1, 1], by the artifact's preprocessing variant."""
         return np.stack([preprocess(load_image(image), self.image) for image in images])
 
-    def embed_images(
-        self, images: Sequence[ImageLike], on_batch: Callable[[int], None] | None = None
-    ) -> FloatArray:
+    def embed_images(self, images: Sequence[ImageLike], on_batch: Callable[[int], None] | None = None) -> FloatArray:
         """(N, D), rows of length one. `on_batch(count)` is called after each batch, for progress.
 
         Raises:
@@ -85,9 +85,7 @@ class Embedder:
         """
         if not images:
             raise UsageError("No image given")
-        return self._embed(
-            IMAGE, (self.pixels(batch) for batch in _batches(images, self.batch_size)), on_batch
-        )
+        return self._embed(IMAGE, (self.pixels(batch) for batch in _batches(images, self.batch_size)), on_batch)
 
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """(N, D), rows of length one.
@@ -135,13 +133,13 @@ class Embedder:
         exponents = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(exponents / exponents.sum(1, keepdims=True), np.float32)
 
-    def _embed(
-        self, part: str, batches: Iterable[NDArray[Any]], on_batch: Callable[[int], None] | None
-    ) -> FloatArray:
+    def _embed(self, part: str, batches: Iterable[NDArray[Any]], on_batch: Callable[[int], None] | None) -> FloatArray:
         session, name = self.session(part), "pixel_values" if part == IMAGE else "input_ids"
         rows = []
         for batch in batches:
             (output,) = session.run({name: batch}).values()
+            if not np.isfinite(output).all():
+                raise CorruptError(f"{part} of {self.root} gives NaN or infinity", "Run: medge verify ARTIFACT")
             rows.append(normalize(output))
             if on_batch:
                 on_batch(len(batch))

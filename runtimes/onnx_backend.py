@@ -52,16 +52,26 @@ class OnnxSession:
                 path, session_options(settings, options), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises bare pybind exceptions of a dozen classes
-            first = str(error).splitlines()[0]
-            raise CorruptError(
-                f"ONNX Runtime cannot open {path}: {first}", "Export the artifact again"
-            ) from error
+            raise _explain(f"ONNX Runtime cannot open {path}", error) from error
+        self._path = path
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Tensors) -> dict[str, FloatArray]:
-        """Run the graph once."""
-        values: list[Any] = self._session.run(self._outputs, dict(inputs))
+        """Run the graph once.
+
+        Raises:
+            CorruptError: the graph does not take the inputs that its manifest states.
+        """
+        try:
+            values: list[Any] = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise _explain(f"ONNX Runtime cannot run {self._path}", error) from error
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _explain(what: str, error: Exception) -> CorruptError:
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return CorruptError(f"{what}: {first}", "Export the artifact again")
 
 
 def session_options(settings: dict[str, str], options: RunOptions) -> onnxruntime.SessionOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,23 @@ class Probe:
         return np.asarray(exponents / exponents.sum(1, keepdims=True), np.float32)
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all.
+
+        Raises:
+            UsageError: it cannot be written there.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         partial = path.with_name(path.name + ".partial")
         metadata = {"labels": json.dumps(self.labels), "weights_sha256": self.weights_sha256}
-        save_file({"weight": self.weight, "bias": self.bias}, partial, metadata)
-        partial.replace(path)
+        try:
+            save_file({"weight": self.weight, "bias": self.bias}, partial, metadata)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+            with suppress(OSError):
+                partial.unlink()
+            raise UsageError(f"{path} cannot be written: {error}") from None
 
     @classmethod
     def load(cls, path: Path) -> Probe:
@@ -77,6 +88,8 @@ class Probe:
             raise CorruptError(f"{path} is no probe: {error}", "Fit it again") from None
         if weight.ndim != 2 or bias.shape != (len(labels),) or len(weight) != len(labels):
             raise CorruptError(f"{path} contradicts itself: its shapes are not those of its labels", "Fit it again")
+        if not np.isfinite(weight).all() or not np.isfinite(bias).all():
+            raise CorruptError(f"{path} holds NaN or infinity", "Fit it again")
         return probe
 
 

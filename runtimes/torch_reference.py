@@ -77,8 +77,7 @@ class TorchSession:
         """The tower's pooled output."""
         torch = self._torch
         values = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device)
-            for name, value in inputs.items()
+            name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device) for name, value in inputs.items()
         }
         values = {name: v.to(self._dtype) if v.is_floating_point() else v for name, v in values.items()}
         with torch.inference_mode():
@@ -105,7 +104,5 @@ def _load(checkpoint: Checkpoint, part: str, device: str, dtype: Any) -> Any:
     model.load_state_dict(state, assign=True)
     embeddings = model.vision_model.embeddings if part == IMAGE else model.text_model.embeddings
     count = embeddings.position_embedding.num_embeddings
-    embeddings.position_ids = torch.arange(count, device=device).expand(
-        1, -1
-    )  # a buffer outside the checkpoint
+    embeddings.position_ids = torch.arange(count, device=device).expand(1, -1)  # a buffer outside the checkpoint
     return model.eval()

@@ -96,7 +96,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is no JSON: {error}", "Download it again") from None
     if not isinstance(value, dict):
         raise CorruptError(f"{path} holds no JSON object", "Download it again")
@@ -108,10 +110,10 @@ def _shards(root: Path) -> Iterable[Path]:
     names = ["model.safetensors"]
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     for name in names:
-        path = root / str(name)
-        if Path(str(name)).name != name:
+        path = root / name
+        if Path(name).name != name:
             raise CorruptError(f"{index} points outside its folder: '{name}'", "Download it again")
         if not path.is_file():
             raise WeightsError(f"{path} is missing", "Download the whole checkpoint: medge fetch MODEL")

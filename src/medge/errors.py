@@ -62,8 +62,12 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional module, or say which extra brings it.
 
     Raises:
-        MissingExtraError: the module is not installed.
+        MissingExtraError: the module is not installed, or its installation is broken.
     """
+    remedy = f"Run: pip install 'medge[{extra}]'"
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise MissingExtraError(f"'{module}' is not installed", f"Run: pip install 'medge[{extra}]'")
-    return importlib.import_module(module)
+        raise MissingExtraError(f"'{module}' is not installed", remedy)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:  # a namespace package's other half is missing, or a library that it links to
+        raise MissingExtraError(f"'{module}' cannot be imported: {error}", remedy) from error

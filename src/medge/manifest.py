@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
 from medge.errors import CorruptError, UsageError
 from medge.spec import Frozen, ImageSpec, TensorSpec, TokenizerSpec
@@ -94,7 +93,7 @@ class Manifest(Frozen):
     """Everything that no part owns: tokenizer, model card, NOTICE, config.json."""
     image: ImageSpec | None = None
     tokenizer: TokenizerSpec | None = None
-    scalars: dict[str, float] = {}
+    scalars: dict[str, FiniteFloat] = {}
     session: dict[str, str] = {}
     """Settings that the runtime's session needs to run this artifact as measured."""
     layers: dict[str, str] = {}
@@ -156,6 +155,17 @@ class Artifact:
                 raise CorruptError(f"{self.root / file.path} was altered: its sha256 differs", "Export it again")
             yield file
 
+    def file(self, path: str) -> Path:
+        """Where a file lies that the manifest accounts for.
+
+        Raises:
+            CorruptError: it accounts for no such file.
+        """
+        for file in self.manifest.all_files():
+            if file.path == path:
+                return self.path(file)
+        raise CorruptError(f"{self.root / MANIFEST} accounts for no '{path}'", "Export the artifact again")
+
     @property
     def digest(self) -> str:
         """What the artifact computes: a sha256 over its files' hashes, not over when they were made."""
@@ -190,10 +200,14 @@ def read_manifest(root: Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{root} is no artifact: it has no {MANIFEST}", "Make one with: medge export") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is no JSON: {error}", "Export the artifact again") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if type(version) is not int or version < 1:  # what pydantic would coerce ("2", 2.0, true) is no version
+        raise CorruptError(f"{path} states no schema version", "Export the artifact again")
+    if version > SCHEMA_VERSION:
         raise CorruptError(
             f"{path} has schema version {version}, this medge reads up to {SCHEMA_VERSION}", "Update medge"
         )
@@ -209,7 +223,7 @@ def write_json(path: Path, document: Any) -> None:
     """Write through a neighbour file and one rename, so that a reader sees the old or the new, whole."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def sha256(path: Path) -> str:

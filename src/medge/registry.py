@@ -74,16 +74,8 @@ def family(model_type: str) -> Family:
         UnsupportedError: none does.
     """
     if model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"medge {_version()} reads no '{model_type}' checkpoints", f"It reads: {', '.join(FAMILIES)}"
-        )
+        raise UnsupportedError(f"medge reads no {model_type} checkpoints yet", f"It reads: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
-
-
-def _version() -> str:
-    from medge import __version__
-
-    return __version__
 
 
 def spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:

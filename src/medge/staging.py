@@ -11,6 +11,8 @@ from pathlib import Path
 from medge.errors import UsageError
 
 _KEY = ".resume-key"
+_OURS = ("manifest.json", "config.json", "baseline.json")
+"""A folder that medge wrote holds one of these; no other is replaced, whatever `replace` says."""
 
 
 @contextmanager
@@ -21,11 +23,10 @@ def staged(out: Path, *, replace: bool = False, resume_key: str | None = None) -
     request. `out` itself is untouched until the rename, also with `replace`.
 
     Raises:
-        UsageError: `out` exists, its parent cannot be written, or the disk is full.
+        UsageError: `out` exists (with `replace`: and is none of medge's), cannot be written, or the disk is full.
     """
-    out = Path(out).absolute()
-    if out.exists() and not replace:
-        raise UsageError(f"{out} exists", "Name another folder, or pass --force to replace it")
+    out = Path(out).resolve()  # through a link: the folder is replaced, the link stays
+    _check_free(out, replace=replace)
     partial = out.with_name(f".{out.name}.partial")
     try:
         _prepare(partial, resume_key)
@@ -37,6 +38,15 @@ def staged(out: Path, *, replace: bool = False, resume_key: str | None = None) -
     finally:
         if resume_key is None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_free(out: Path, *, replace: bool) -> None:
+    if not out.exists():
+        return
+    if not replace:
+        raise UsageError(f"{out} exists", "Name another folder, or pass --force to replace it")
+    if not any((out / name).is_file() for name in _OURS) and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} is no folder that medge wrote, so it is not replaced", "Name another folder")
 
 
 def _prepare(partial: Path, resume_key: str | None) -> None:
@@ -58,10 +68,10 @@ def _swap(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _explain(error: OSError, out: Path, resume_key: str | None) -> Exception:
+def _explain(error: OSError, out: Path, resume_key: str | None) -> UsageError:
     after = "Then run the same command: it resumes" if resume_key else "Then run the same command again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UsageError(f"The disk is full while writing {out}", f"Free some space. {after}")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UsageError(f"{out.parent} cannot be written: {error.strerror}", "Choose another folder with -o")
-    return error
+    return UsageError(f"{out} cannot be written: {error}")

@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise CorruptError(f"{path} is no safetensors file: its header is no JSON", "Download or copy it again")
@@ -87,9 +87,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
     try:
-        dtype, shape = value["dtype"], tuple(int(n) for n in value["shape"])
+        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
         start, end = (base + int(offset) for offset in value["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CorruptError(f"{path}: the header entry of '{name}' is malformed", "Download it again") from None
     if dtype not in _ITEMSIZE:
         raise CorruptError(
@@ -114,7 +114,7 @@ def write(path: Path, tensors: Mapping[str, tuple[int, ...]], produce: Callable[
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
         for name, shape in tensors.items():
-            value = np.ascontiguousarray(produce(name), "<f4")
+            value = np.asarray(produce(name), "<f4", order="C")
             assert value.shape == shape, (name, value.shape, shape)  # noqa: S101 - our own producer
             stream.write(value.data)
     return end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from medge.benchmarks import host as host_facts
 from medge.benchmarks.baseline import Baseline, Identity, record
 from medge.benchmarks.datasets import load_dataset
-from medge.benchmarks.host import Host
+from medge.benchmarks.host import Host, Noise
 from medge.manifest import MANIFEST, Manifest, Parity, PartFiles, Source, describe, write_json
 from medge.runtimes.base import normalize
 from medge.runtimes.embed import Embedder
@@ -34,9 +35,16 @@ class FakeEmbedder:
     damage: float = 0.0
     poison: float = 0.0
 
-    def embed_images(self, images: Sequence[Path]) -> FloatArray:
-        rows = [self._row(path) for path in images]
-        return normalize(np.stack(rows)) + np.float32(self.poison)
+    def pixels(self, images: Sequence[Path]) -> FloatArray:
+        """Not pixels: what `run` answers, so that the fake needs no model."""
+        return np.stack([self._row(path) for path in images])
+
+    def session(self, part: str) -> FakeEmbedder:
+        assert part == "image_encoder"
+        return self
+
+    def run(self, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        return {"image_embeds": inputs["pixel_values"] + np.float32(self.poison)}
 
     def class_embeddings(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> FloatArray:
         return normalize(np.stack([self._direction(label) for label in labels]))
@@ -57,6 +65,13 @@ def write_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(autouse=True)
+def quiet_host(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tests share their machine: none may depend on how busy it is."""
+    if "test_host" not in request.node.nodeid:
+        monkeypatch.setattr(host_facts, "noise", lambda: Noise(others=0.0, spread=0.0))
 
 
 @pytest.fixture

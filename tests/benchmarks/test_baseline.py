@@ -9,9 +9,13 @@ from safetensors.numpy import load_file
 
 from medge.benchmarks.baseline import BASELINE, GOLDENS, Baseline, Identity, capture, encode, quiet, record
 from medge.benchmarks.datasets import load_dataset
+from medge.checkpoint import Checkpoint
 from medge.errors import CorruptError, RegressedError, UsageError
+from medge.export.synth import synthesize
 from medge.manifest import describe
+from medge.runtimes import torch_reference
 from medge.runtimes.embed import Embedder
+from medge.spec import ImageSpec
 
 
 def _edit(path: Path, **fields: Any) -> None:
@@ -123,3 +127,23 @@ class TestCorruption:
         _edit(base / BASELINE, goldens=describe(base, GOLDENS).model_dump())
         with pytest.raises(CorruptError, match="NaN or infinity"):
             Baseline.open(base)
+
+
+def test_capture_names_the_checkpoint_by_its_weights(
+    tmp_path: Path, data: Path, fake: Callable[..., Embedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def open_reference(checkpoint: Checkpoint, **options: Any) -> Embedder:
+        asked.update(options, checkpoint=checkpoint)
+        return fake(name="torch 2.13.0 NVIDIA H100 fp16", image=ImageSpec(size=8, variant="hf"))
+
+    monkeypatch.setattr(torch_reference, "open_reference", open_reference)
+    synthesize("medsiglip-448", "tiny", tmp_path / "checkpoint")
+    captured = capture(tmp_path / "checkpoint", data, tmp_path / "base", variant="hf", templates=("a {}",)).manifest
+    assert captured.weights_sha256 == Checkpoint.open(tmp_path / "checkpoint").sha256
+    assert captured.model == asked["checkpoint"].spec.id
+    assert asked["variant"] == captured.image.variant == "hf"
+    assert captured.reference == "torch 2.13.0 NVIDIA H100 fp16"
+    assert captured.templates == ("a {}",)
+    assert captured.data == str(data)

@@ -20,11 +20,6 @@ from medge.spec import TensorSpec, TokenizerSpec
 QUICK = BenchOptions(processes=1, seconds=0.2, threads=1)
 
 
-@pytest.fixture(autouse=True)
-def quiet_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "noise", lambda: Noise(0.0, 0.0))
-
-
 def _answer(**fields: Any) -> dict[str, Any]:
     samples = {"load_seconds": [0.5], "image_encoder_seconds": [0.1, 0.2], "peak_rss_bytes": [1e6]}
     return {"runtime": "onnxruntime cpu", "samples": samples, "unsettled": []} | fields
@@ -146,6 +141,9 @@ def test_a_real_graph_in_a_real_process(make_artifact: Callable[..., Path]) -> N
     document = json.loads(path.read_text())
     document["parts"]["image_encoder"]["files"] = [describe(artifact, "image_encoder.onnx").model_dump()]
     document["tokenizer"] = TokenizerSpec().model_dump()
+    (artifact / "spiece.model").write_bytes(b"never read: no text part")
+    document["files"] = [describe(artifact, "spiece.model").model_dump()]
+    document["scalars"] = {"logit_scale": 1.0, "logit_bias": 0.0}
     path.write_text(json.dumps(document))
     run = bench(artifact, BenchOptions(processes=2, seconds=0.2, threads=1, batch=2))
     assert run.conditions.runtime.startswith("onnxruntime")

@@ -54,6 +54,11 @@ def test_samples_are_finite(run: RunRecord, tmp_path: Path) -> None:
         RunRecord.load(tmp_path / "run.json")
 
 
+def test_an_unwritable_place_is_named(run: RunRecord, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        run.save(tmp_path / "no" / "folder.json")
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not there"):
         RunRecord.load(tmp_path / "run.json")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from medge.benchmarks import host as host_facts
 from medge.benchmarks import regress
 from medge.benchmarks.baseline import BASELINE, Baseline
-from medge.benchmarks.host import Host
+from medge.benchmarks.host import Host, Noise
 from medge.benchmarks.records import CheckResult, Verdict
 from medge.errors import RegressedError, UsageError
 from medge.runtimes.embed import Embedder
@@ -133,6 +134,11 @@ def test_time_is_compared_on_the_same_host_and_device_only(
     gpu = check({"scheme": "int8-b"}, name="onnxruntime 1.32.0 NVIDIA H100")
     assert "latency_ratio" not in _verdicts(gpu)
     assert any("different devices" in note for note in gpu.notes)
+    with monkeypatch.context() as busy:
+        busy.setattr(host_facts, "noise", lambda: Noise(others=0.7, spread=0.0))
+        noisy = check({"scheme": "int8-d"})
+    assert "latency_ratio" not in _verdicts(noisy)
+    assert any("not quiet: other programs take 70%" in note for note in noisy.notes)
     monkeypatch.setattr(regress, "fingerprint", lambda: host)
     elsewhere = check({"scheme": "int8-c"})
     assert "latency_ratio" not in _verdicts(elsewhere)
@@ -169,3 +175,7 @@ def test_the_result_survives_json(check: Callable[..., CheckResult], tmp_path: P
     result = check(damage=0.3)
     result.save(tmp_path / "check.json")
     assert CheckResult.load(tmp_path / "check.json") == result
+    document = json.loads((tmp_path / "check.json").read_text())
+    assert document["overall"] == "regressed"
+    (tmp_path / "check.json").write_text(json.dumps(document | {"overall": "ok"}))
+    assert CheckResult.load(tmp_path / "check.json").overall == "regressed"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 
 import typer
 
 from medge.cli import artifacts, gate, inference, system
-from medge.errors import MedgeError
+from medge.errors import MedgeError, UsageError
 
 app = typer.Typer(
     name="medge",
@@ -23,14 +24,29 @@ for register in (artifacts.register, inference.register, gate.register, system.r
 
 
 def main() -> None:
-    """Run a verb; an expected failure is one line and its exit code."""
+    """Run a verb; a failure is one line and its exit code. MEDGE_DEBUG=1 shows tracebacks instead."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that no encoding has
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except MedgeError as error:
-        from medge.cli.console import exit_with
-
-        sys.exit(exit_with(error))
+        app(prog_name="medge")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("MEDGE_DEBUG"):
+            raise
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    from medge.cli.console import exit_with
+
+    if isinstance(error, OSError):  # the system refuses a file that the user named
+        error = UsageError(f"{error.filename or 'A file'}: {error.strerror or error}")
+    if isinstance(error, MedgeError):
+        return exit_with(error)
+    first = (str(error).splitlines() or [""])[0]
+    sys.stderr.write(f"internal error: {type(error).__name__}: {first}; run with MEDGE_DEBUG=1 for the traceback\n")
+    return 70

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from medge.cli.console import Force, Json, Settings, parse_settings, print_json, print_table, progress, say
+from medge.errors import require
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
 
@@ -80,6 +81,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into an artifact folder. Cut short, the same command resumes."""
+    require("onnx", "export")
     from medge.export.hub import resolve
     from medge.export.pipeline import export as run
     from medge.export.request import Request

@@ -84,7 +84,8 @@ def progress() -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr(), transient=True) as bars:
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -101,7 +102,8 @@ def exit_with(error: MedgeError) -> int:
     """Show an expected failure in one line; returns its exit code."""
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), (error.message + ".", "bold"), f" {error.remedy}")
+    message, remedy = (" ".join(text.splitlines()) for text in (error.message, error.remedy))
+    line = Text.assemble(("error: ", "bold red"), (message + ".", "bold"), f" {remedy}")
     stderr().print(line, soft_wrap=True)
     return error.exit_code
 

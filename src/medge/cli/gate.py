@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from medge.spec import Variant
 
 DataPath = Annotated[Path, typer.Option(help="A folder per class, or a CSV with path and label.")]
+_OVERALL = {
+    "ok": "OK: within every limit",
+    "inconclusive": "INCONCLUSIVE: not a pass. More images narrow the intervals",
+    "regressed": "REGRESSED",
+}
+
 ReportPath = Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")]
 
 
@@ -104,13 +110,15 @@ def print_check(result: CheckResult) -> None:
     """The verdicts as a table, the overall one loud."""
     from medge.benchmarks.report import number
 
-    title = f"{result.artifact.model} {result.artifact.format} {result.artifact.scheme} against {result.reference.runtime}"
+    title = (
+        f"{result.artifact.model} {result.artifact.format} {result.artifact.scheme} against {result.reference.runtime}"
+    )
     rows = []
     for v in result.verdicts:
         interval = "" if v.low is None or v.high is None else f"{number(v.low, v.metric)} … {number(v.high, v.metric)}"
         rows.append([v.metric, number(v.value, v.metric), interval, number(v.limit, v.metric), v.outcome])
     print_table(title, ["metric", "value", "95 % interval", "limit", "verdict"], rows)
-    say({"ok": "OK: within every limit", "regressed": "REGRESSED", "inconclusive": "INCONCLUSIVE: not a pass; more images narrow the interval"}[result.overall])  # fmt: skip
+    say(_OVERALL[result.overall])
 
 
 def bench(

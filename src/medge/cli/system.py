@@ -41,15 +41,23 @@ def doctor(json: Json = False) -> None:
     if json:
         print_json(facts)
         return
-    memory = f"{host.ram_gib} GiB"
-    print_table("This machine", ["", ""], [
-        ["processor", f"{host.cpu}, {host.physical_cores} cores ({host.usable_cores} threads usable)"],
-        ["vector extensions", ", ".join(host.isa) or "none that matter"],
-        ["memory", memory], ["system", host.os], ["python", host.python], ["cuda", facts["cuda"] or "none"],
-        *([name, version] for name, version in host.versions.items())])  # fmt: skip
-    rows = [[extra, "yes" if not missing else f"no: pip install 'medge[{extra}]'"] for extra, missing in facts["extras"].items()]  # fmt: skip
-    print_table("Extras", ["extra", "installed"], rows)
+    machine = {
+        "processor": f"{host.cpu}, {host.physical_cores} cores ({host.usable_cores} threads usable)",
+        "vector extensions": ", ".join(host.isa) or "none that matter",
+        "memory": f"{host.ram_gib} GiB",
+        "system": host.os,
+        "python": host.python,
+        "cuda": facts["cuda"] or "none",
+        **host.versions,
+    }
+    print_table("This machine", ["", ""], [[*row] for row in machine.items()])
+    extras = [[name, "yes" if not missing else _install(name)] for name, missing in facts["extras"].items()]
+    print_table("Extras", ["extra", "installed"], extras)
     print_table("What fits in memory", ["model", "job", "needs", "fits"], [[*map(str, row)] for row in facts["fits"]])
+
+
+def _install(extra: str) -> str:
+    return f"no: pip install 'medge[{extra}]'"
 
 
 def _missing(modules: tuple[str, ...]) -> list[str]:

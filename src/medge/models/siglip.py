@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,7 +37,7 @@ class TowerConfig(BaseModel):
 
     hidden_size: int = Field(default=768, gt=0)
     intermediate_size: int = Field(default=3072, gt=0)
-    num_hidden_layers: int = Field(default=12, gt=0)
+    num_hidden_layers: int = Field(default=12, gt=0, le=1000)
     num_attention_heads: int = Field(default=12, gt=0)
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
@@ -56,7 +56,7 @@ class VisionConfig(TowerConfig):
 
     image_size: int = Field(default=224, gt=0)
     patch_size: int = Field(default=16, gt=0)
-    num_channels: int = 3
+    num_channels: Literal[3] = 3
 
     @property
     def tokens(self) -> int:
@@ -178,7 +178,7 @@ def _map_head(ops: Ops[V], read: Read, x: V, config: VisionConfig, options: Buil
     probe = read(f"{at}.probe")
 
     def fold(p: FloatArray) -> FloatArray:
-        """(D, H): key projection times query, by head. The key's bias shifts a head's scores alike: softmax drops it."""
+        """(D, H): key projection times query, by head. The key's bias shifts all scores of a head: softmax drops it."""
         w, heads = weight.read(), config.num_attention_heads
         query = (p.reshape(d) @ w[:d].T + bias.read()[:d]).reshape(heads, -1)
         keys = w[d : 2 * d].reshape(heads, -1, d)

@@ -1,0 +1,102 @@
+"""The whole product model x format x scheme: each cell exports and keeps its parity, or says why not.
+
+After a deliberate change: python tests/export/test_matrix.py writes goldens/targets.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import medge
+from medge.export.formats import Target, targets
+from medge.export.parity import centred_cosine
+from medge.manifest import Artifact
+from medge.registry import FAMILIES, MODELS
+from medge.spec import FloatArray
+
+GOLDEN = Path(__file__).parent.parent / "goldens" / "targets.json"
+TARGETS = list(targets())
+BUILDABLE = [target for target in TARGETS if target.support.ok]
+Cli = Callable[..., tuple[int, str, str]]
+
+BOUNDS = {
+    "fp32": (0.999999, 0.999999),
+    "fp16": (0.99999, 0.99999),
+    "int8": (0.99, 0.97),
+    "int8-static": (0.99, 0.96),
+    "int4-mixed": (0.95, 0.65),
+    "int4": (0.86, 0.55),
+}
+"""Least cosine and centred cosine to transformers in fp32. The tiny model's rows are short, so its 4 bits are coarse."""
+
+
+def cells() -> list[dict[str, Any]]:
+    return [
+        {"model": t.model, "format": t.format, "scheme": t.scheme, "ok": t.support.ok, "reason": t.support.reason}
+        for t in TARGETS
+    ]
+
+
+def name(target: Target) -> str:
+    return f"{target.model}-{target.format}-{target.scheme}"
+
+
+def test_the_matrix_is_the_golden_one() -> None:
+    assert cells() == json.loads(GOLDEN.read_text())
+
+
+def test_every_empty_cell_has_a_reason() -> None:
+    assert all(t.support.ok or t.support.reason for t in TARGETS)
+
+
+def check(found: FloatArray, expected: FloatArray, scheme: str) -> None:
+    least, least_centred = BOUNDS[scheme]
+    assert np.sum(found * expected, axis=1).min() >= least
+    assert centred_cosine(found, expected).min() >= least_centred
+
+
+@pytest.mark.parametrize("target", BUILDABLE, ids=name)
+def test_what_can_be_built_is_built_and_keeps_its_parity(
+    target: Target, reference: Any, run_export: Callable[..., Artifact]
+) -> None:
+    assert (target.model, target.format) == ("medsiglip-448", "onnx")  # a new one needs its reference here
+    artifact = run_export(target.scheme)
+    assert len(list(artifact.verify())) >= 6
+    model = medge.open(artifact.root)
+    check(model.embed_images(reference.images), reference.image_embeddings, target.scheme)
+    check(model.embed_texts(reference.texts), reference.text_embeddings, target.scheme)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if not t.support.ok and t.scheme == "int8"], ids=name)
+def test_what_cannot_be_built_is_refused_with_the_cell_s_reason(
+    target: Target, checkpoint: Path, own_checkpoint: Path, cli: Cli, tmp_path: Path
+) -> None:
+    source = checkpoint
+    if (model_type := MODELS[target.model].model_type) not in FAMILIES:
+        (own_checkpoint / "config.json").write_text(json.dumps({"model_type": model_type}))
+        source = own_checkpoint
+    code, _, err = cli("export", source, "--format", target.format, "--scheme", target.scheme, "-o", tmp_path / "out")
+    assert code == 3
+    assert err.startswith(f"error: {target.support.reason}. ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_smaller_schemes_are_smaller(run_export: Callable[..., Artifact], tmp_path: Path) -> None:
+    def size(scheme: str) -> int:
+        part = run_export(scheme, out=tmp_path / scheme).manifest.parts["text_encoder"]
+        return sum(file.bytes for file in part.files)
+
+    sizes = [size(scheme) for scheme in ("fp32", "fp16", "int8")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[1] < 0.6 * sizes[0]
+    assert sizes[2] < 0.35 * sizes[0]
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(cells(), indent=1) + "\n")
