@@ -54,7 +54,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size, seconds=seconds, number=number, path=svg_path)
+    environment.filters.update(size=size, rate=rate, seconds=seconds, number=number, path=svg_path)
     html: str = environment.get_template("report.html").render(
         report=report,
         checks=[CheckView(check) for check in report.checks],
@@ -73,8 +73,15 @@ def size(count: float | None) -> str:
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.9995 * factor:
             value = count / factor
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
+            return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def rate(value: float | None) -> str:
+    """Images a second."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def seconds(value: float | None) -> str:

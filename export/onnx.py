@@ -7,7 +7,7 @@ MultiHeadAttention, a contrib operator of every ONNX Runtime build, phones inclu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class OnnxOps:
     graph: Graph
     linear: Linears
     integer_attention: bool = False
+    slices: int = 1
+    """Into how many slices of tokens the MLPs are cut, so that a slice's hidden layer (4 MB) stays in the cache."""
     taps: dict[str, tuple[str, Weight]] | None = None
     """When a dict: filled with each linear layer's weight and a graph value that samples its input."""
     tap_rows: int = 16
@@ -114,6 +116,22 @@ class OnnxOps:
         y = self.graph.node("Reshape", [y, shape], f"{at}.joined")
         return self.graph.node("Add", [y, self.graph.weight(f"{at}.v_proj.bias", bias)], f"{at}.out")
 
+    def tokenwise(self, x: str, body: Callable[[str], str], at: str) -> str:
+        """The body over slices of tokens, joined again."""
+        if self.slices == 1:
+            return body(x)
+        names = [f"{at}.slice.{i}" for i in range(self.slices)]
+        parts = self.graph.node_many("Split", [x], names, axis=1, num_outputs=self.slices)
+        return self.graph.node(
+            "Concat", [self._suffixed(i, body, part) for i, part in enumerate(parts)], f"{at}.joined", axis=1
+        )
+
+    def _suffixed(self, i: int, body: Callable[[str], str], part: str) -> str:
+        self.graph.suffix = f"#{i}"
+        out = body(part)
+        self.graph.suffix = ""
+        return out
+
     def token(self, x: str, index: int, at: str) -> str:
         """One token of each sequence."""
         return self.graph.node(
@@ -138,8 +156,17 @@ class OnnxOps:
         return self.graph.node("Gather", [flat, index], f"tap:{at}", axis=0)
 
 
-INTEGER_ATTENTION_FROM = 256
-"""Tokens from which attention in integers beats the fused operator; below, its many small nodes cost more."""
+LONG = 256
+"""Tokens from which many small operations, each within the cache, beat few large ones."""
+SLICE = 256
+"""Tokens of a slice of the MLP."""
+
+
+def _shape_of_work(scheme: Scheme, part: Part) -> tuple[bool, int]:
+    """Whether attention runs in integers, and into how many slices the MLPs are cut."""
+    if scheme.activations == "none" or part.tokens < LONG:
+        return False, 1
+    return scheme.attention == 8, max(1, part.tokens // SLICE)
 
 
 class OnnxExporter:
@@ -156,8 +183,7 @@ class OnnxExporter:
         """Stream the part into a graph; checked by onnx's own checker before it counts."""
         path = folder / f"{job.part.name}.onnx"
         with Graph(path) as graph:
-            integers = job.scheme.attention == 8 and job.part.tokens >= INTEGER_ATTENTION_FROM
-            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges), integers)
+            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges), *_shape_of_work(job.scheme, job.part))
             inputs = {spec.name: spec.name for spec in job.part.inputs}
             output = job.part.build(ops, inputs, job.read, BuildOptions(mlp_multiple=job.scheme.block))
             graph.node("Identity", [output], job.part.outputs[0].name)

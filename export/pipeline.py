@@ -28,6 +28,7 @@ from medge.manifest import (
 )
 from medge.registry import licence_of
 from medge.runtimes import open as open_artifact
+from medge.runtimes.tokenizer import SiglipTokenizer
 from medge.samples import list_images, sample_root, sample_texts
 from medge.staging import staged
 
@@ -41,6 +42,7 @@ def export(request: Request) -> Artifact:
     Raises:
         UsageError: `out` exists, or the disk is full.
         UnsupportedError: the format cannot build this model in this scheme, with the reason.
+        WeightsError, CorruptError: the tokenizer is missing or none, or a weight is not finite.
         RegressedError: parity with the reference failed; nothing appears under `out`.
     """
     if request.layout == "optimum":
@@ -48,7 +50,9 @@ def export(request: Request) -> Artifact:
 
         return export_joint(request)
     exporter = find(request.format)
-    require_support(exporter, request.checkpoint.spec, request.scheme)
+    spec = request.checkpoint.spec
+    require_support(exporter, spec, request.scheme)
+    SiglipTokenizer(request.checkpoint.tokenizer_file(), spec.tokenizer)  # a bad one: say so before the work, not after
     with staged(request.out, replace=request.replace, resume_key=request.key) as folder:
         (folder / _WORK).mkdir(exist_ok=True)
         _write(request, exporter, folder)

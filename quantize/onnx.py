@@ -64,6 +64,7 @@ class Linears:
     scheme: Scheme
     ranges: Mapping[str, Range] = field(default_factory=dict)
     """Calibrated input ranges by layer name; a layer without one gets dynamic activations."""
+    _matrices: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def emit(self, x: str, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[str]:
         """x (…, in) -> one (…, out) a layer."""
@@ -125,24 +126,33 @@ class Linears:
         return self.graph.node("MatMul", [*inputs.quantized, matrix], f"{at}.matmul")
 
     def _integer(self, at: str, weight: Weight, rule: Rule) -> tuple[str, str]:
-        """An int8 matrix (in, out) with one scale an output channel, however the file stores it."""
-        quantized = quantize(weight.read(), rule.bits, rule.block, rule.method)
-        if rule.bits == 8:
-            matrix = self.graph.weight(f"{at}.weight", quantized.values.T)
-            return matrix, self.graph.weight(f"{at}.weight.scale", quantized.scales[:, 0])
-        return self._unfolded(at, quantized)
+        """An int8 matrix (in, out) with one scale an output channel, however the file stores it; made once a layer."""
+        if at not in self._matrices:
+            quantized = quantize(weight.read(), rule.bits, rule.block, rule.method)
+            self._matrices[at] = self._unfolded(at, quantized) if rule.bits == 4 else self._stored(at, quantized)
+        return self._matrices[at]
+
+    def _stored(self, at: str, quantized: Quantized) -> tuple[str, str]:
+        matrix = self.graph.weight(f"{at}.weight", quantized.values.T)
+        return matrix, self.graph.weight(f"{at}.weight.scale", quantized.scales[:, 0])
 
     def _unfolded(self, at: str, quantized: Quantized) -> tuple[str, str]:
-        """4-bit blocks in the file; ONNX Runtime folds the two nodes to an int8 matrix when it loads."""
+        """4-bit blocks in the file; ONNX Runtime folds the two nodes to an int8 matrix when it loads.
+
+        Between the two the weights are float16: ONNX Runtime holds all layers' at once, and half of 1.7 GB is
+        already too much for a phone.
+        """
         block = quantized.values.shape[1] // quantized.scales.shape[1]
-        channel = np.abs(quantized.dequantize()).max(1) / np.float32(127)
-        scales = self.graph.weight(f"{at}.weight.scale", np.where(channel == 0, np.float32(1), channel))
+        channel = _to_fp16(at, np.abs(quantized.dequantize()).max(1, keepdims=True) / np.float32(127))[:, 0]
+        channel = np.where(channel == 0, np.float16(1), channel)  # a padded channel: any scale but 0
         zeros = self.graph.weight(f"{at}.weight.zero", np.zeros(len(channel), np.int8))
         packed = self.graph.weight_int4(f"{at}.weight.int4", np.ascontiguousarray(quantized.values.T))
-        blocks = self.graph.weight(f"{at}.weight.blocks.fp16", quantized.scales.T.astype(np.float16))
-        blocks = self.graph.node("Cast", [blocks], f"{at}.weight.blocks", to=_FLOAT)
-        matrix = self.graph.node("DequantizeLinear", [packed, blocks], f"{at}.weight.float", axis=0, block_size=block)
-        return self.graph.node("QuantizeLinear", [matrix, scales, zeros], f"{at}.weight", axis=1), scales
+        blocks = self.graph.weight(f"{at}.weight.blocks", quantized.scales.T.astype(np.float16))
+        name = f"{at}.weight"
+        matrix = self.graph.node("DequantizeLinear", [packed, blocks], f"{name}.fp16", axis=0, block_size=block)
+        half = self.graph.weight(f"{name}.scale.fp16", channel)
+        matrix = self.graph.node("QuantizeLinear", [matrix, half, zeros], name, axis=1)
+        return matrix, self.graph.weight(f"{name}.scale", channel.astype(np.float32))
 
 
 def _to_fp16(at: str, value: FloatArray) -> np.ndarray[Any, Any]:

@@ -80,6 +80,7 @@ def session_options(settings: dict[str, str], options: RunOptions) -> onnxruntim
 
     session = onnxruntime.SessionOptions()
     session.intra_op_num_threads = options.threads or physical_cores()
+    session.enable_mem_pattern = False  # it speeds nothing up here and holds 90 MB for MedSigLIP
     for key, value in settings.items():
         session.add_session_config_entry(key, value)
     return session

@@ -13,7 +13,6 @@ from medge.checkpoint import Checkpoint
 from medge.export.synth import synthesize
 
 
-
 @pytest.fixture(scope="session", autouse=True)
 def _sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reaches the hub, or the user's cache."""

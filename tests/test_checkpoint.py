@@ -41,7 +41,7 @@ def split(root: Path) -> dict[str, str]:
     tensors = safetensors.numpy.load_file(root / "model.safetensors")
     (root / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2])):
         shard = f"model-{i + 1:05d}-of-00002.safetensors"
         safetensors.numpy.save_file({name: tensors[name] for name in part}, root / shard, {"format": "pt"})

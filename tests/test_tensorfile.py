@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -125,10 +126,8 @@ def test_a_file_that_shrank_after_its_header_was_read_is_refused(tmp_path: Path)
 def test_no_bytes_raise_anything_else(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
-    try:
+    with contextlib.suppress(CorruptError):
         read_header(path)
-    except CorruptError:
-        pass
 
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=20), limit=st.integers(4, 100))

@@ -9,7 +9,7 @@ from medge.benchmarks import regress
 from medge.benchmarks.baseline import Baseline
 from medge.benchmarks.host import Host
 from medge.benchmarks.records import CheckResult, Conditions, Report, RunRecord
-from medge.benchmarks.report import Scale, number, page, render, seconds, size
+from medge.benchmarks.report import Scale, number, page, rate, render, seconds, size
 from medge.errors import UsageError
 from medge.runtimes.embed import Embedder
 
@@ -140,6 +140,8 @@ def test_numbers_for_people() -> None:
         "–", "12 B", "470 MB", "1.71 GB", "1.00 GB",
     ]  # fmt: skip
     assert [seconds(s) for s in (None, 0.0021, 2.134)] == ["–", "2.1 ms", "2.13 s"]
+    assert size(99_960_000) == "100 MB"
+    assert [rate(r) for r in (None, 0.476, 14486.04)] == ["–", "0.476", "14,486"]
     assert number(-0.0012, "auc_delta") == "−0.0012"
     assert number(-0.01, "accuracy_delta") == "−1.0 points"
     assert number(-0.00001, "auc_delta") == number(0.0, "auc_delta") == "0.0000"

@@ -33,7 +33,7 @@ BOUNDS = {
     "int4-mixed": (0.95, 0.65),
     "int4": (0.86, 0.55),
 }
-"""Least cosine and centred cosine to transformers in fp32. The tiny model's rows are short, so its 4 bits are coarse."""
+"""Least cosine and centred cosine to transformers in fp32. The tiny model's short rows make 4 bits coarse."""
 
 
 def cells() -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_it_is_an_artifact_like_any_other(joint: Artifact) -> None:
 
 
 def test_medge_s_own_runtime_says_that_it_is_not_for_it(joint: Artifact, reference: Any) -> None:
-    with pytest.raises(UsageError, match="no part 'image_encoder'. It has: joint"):
+    with pytest.raises(UsageError, match=r"no part 'image_encoder'\. It has: joint"):
         open_artifact(joint.root).embed_images(reference.images[:1])
 
 

@@ -99,10 +99,11 @@ def test_the_published_model_s_terms_travel_with_it(run_export: Run, monkeypatch
     artifact = run_export()
     terms = "https://developers.google.com/health-ai-developer-foundations/terms"
     assert artifact.manifest.licence == "HAI-DEF"
-    assert (
-        f"HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at {terms}"
-        in (artifact.root / "NOTICE").read_text()
+    notice = (artifact.root / "NOTICE").read_text()
+    assert notice.startswith(
+        "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use"
     )
+    assert terms in notice
     assert terms in (artifact.root / "README.md").read_text()
 
 
@@ -156,7 +157,7 @@ def test_cut_in_the_second_part_it_resumes_after_the_first(
 @pytest.mark.parametrize("changed", ["scheme", "weights", "setting"])
 def test_another_request_starts_from_nothing(
     changed: str, run_export: Run, kill_in_text_encoder: Callable[[], None], own_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     with pytest.raises(KilledError):
         run_export(root=own_checkpoint)
@@ -165,11 +166,7 @@ def test_another_request_starts_from_nothing(
         weights = tensors(own_checkpoint)
         weights["logit_bias"] += 1
         safetensors.numpy.save_file(weights, own_checkpoint / "model.safetensors")
-    parts: list[str] = []
-    write = OnnxExporter.write
-    monkeypatch.setattr(
-        OnnxExporter, "write", lambda self, job, folder: (parts.append(job.part.name), write(self, job, folder))[1]
-    )
+    parts: list[str] = request.getfixturevalue("written")
     settings = {"variant": "hf"} if changed == "setting" else {}
     run_export("fp16" if changed == "scheme" else "fp32", root=own_checkpoint, **settings)
     assert parts == ["image_encoder", "text_encoder"]
@@ -222,7 +219,10 @@ def test_without_a_tokenizer_nothing_appears(own_checkpoint: Path, run_export: R
     (own_checkpoint / "spiece.model").unlink()
     with pytest.raises(WeightsError, match=r"spiece\.model"):
         run_export(root=own_checkpoint)
-    assert not (tmp_path / "out").exists()
+    (own_checkpoint / "spiece.model").write_bytes(b"junk")
+    with pytest.raises(CorruptError, match=r"spiece\.model is no SentencePiece model"):
+        run_export(root=own_checkpoint)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_failed_parity_leaves_nothing_under_out(run_export: Run, tmp_path: Path) -> None:
@@ -285,10 +285,9 @@ def test_a_budget_is_spent_and_kept(run_export: Run, checkpoint: Path) -> None:
     scheme = load("int4-mixed")
     manifest = run_export(scheme).manifest
     assert set(manifest.layers.values()) == {"4 bits", "8 bits"}
-    spec = Checkpoint.open(checkpoint).spec
-    counts = {
-        name: np.prod(spec.tensors[f"{name}.weight"]) for name in manifest.layers if f"{name}.weight" in spec.tensors
-    }
+    shapes = Checkpoint.open(checkpoint).spec.tensors  # the pooling head's rows are slices of one tensor: left out
+    layers = [name for name in manifest.layers if f"{name}.weight" in shapes]
+    counts = {name: np.prod(shapes[f"{name}.weight"]) for name in layers}
     mean = sum(int(manifest.layers[name][0]) * n for name, n in counts.items()) / sum(counts.values())
     assert scheme.budget is not None
     assert 4 < mean <= scheme.budget.mean_bits + 0.05
@@ -301,8 +300,8 @@ def test_a_budget_leaves_alone_what_a_rule_leaves_alone(run_export: Run) -> None
     artifact = run_export(scheme)
     left = {"text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.1.mlp.fc1"}
     assert not left & set(artifact.manifest.layers)
-    stored = {tensor.name: tensor.data_type for tensor in onnx.load(artifact.root / "text_encoder.onnx",
-                                                                  load_external_data=False).graph.initializer}  # fmt: skip
+    graph = onnx.load(artifact.root / "text_encoder.onnx", load_external_data=False).graph
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for name in left:
         assert stored[f"{name}.weight"] == onnx.TensorProto.FLOAT
 

@@ -39,8 +39,8 @@ def test_the_tiny_config_keeps_the_full_one_s_pitfalls() -> None:
 
 
 def test_missing_fields_are_transformers_defaults() -> None:
-    Reference = pytest.importorskip("transformers").SiglipConfig  # noqa: N806
-    ours, theirs = SiglipConfig(vision_config={}, text_config={}), Reference()  # type: ignore[arg-type]
+    theirs = pytest.importorskip("transformers").SiglipConfig()
+    ours = SiglipConfig.model_validate({"vision_config": {}, "text_config": {}})
     for tower in ("vision_config", "text_config"):
         for name, value in getattr(ours, tower).model_dump(exclude={"projection_size"}).items():
             assert getattr(getattr(theirs, tower), name) == value, (tower, name)

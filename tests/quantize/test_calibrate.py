@@ -28,6 +28,10 @@ def layer(name: str, weight: FloatArray, inputs: FloatArray) -> Layer:
     return Layer(name, Weight(name, lambda: weight), inputs)
 
 
+def floats(*values: float) -> FloatArray:
+    return np.array(values, np.float32)
+
+
 def normal(*shape: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -49,7 +53,7 @@ def test_a_round_trip_inside_the_range_errs_by_half_a_step(x: FloatArray) -> Non
 
 
 def test_a_range_clips_what_lies_outside() -> None:
-    np.testing.assert_allclose(Range(-1, 1).round_trip(np.float32([-5, 5])), [-1, 1], atol=0.01)
+    np.testing.assert_allclose(Range(-1, 1).round_trip(floats(-5, 5)), [-1, 1], atol=0.01)
 
 
 def test_percentiles_leave_out_the_tail_and_minmax_does_not() -> None:
@@ -71,8 +75,8 @@ def test_static_leaves_the_layers_that_it_hurts_most() -> None:
 
 
 def test_relative_error_is_energy_over_energy() -> None:
-    assert relative_error(np.float32([3, 4]), np.float32([3, 4])) == 0
-    assert relative_error(np.float32([3, 4]), np.float32([0, 4])) == pytest.approx(9 / 25)
+    assert relative_error(floats(3, 4), floats(3, 4)) == 0
+    assert relative_error(floats(3, 4), floats(0, 4)) == pytest.approx(9 / 25)
     assert np.isfinite(relative_error(np.zeros(2, np.float32), np.ones(2, np.float32)))
 
 

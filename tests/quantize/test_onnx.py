@@ -16,12 +16,9 @@ from medge.export.request import Request
 from medge.manifest import Artifact
 from medge.quantize.scheme import load
 
-FLOAT, HALF, INT8, INT4 = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.INT8,
-    onnx.TensorProto.INT4,
-)
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+INT8, INT4 = onnx.TensorProto.INT8, onnx.TensorProto.INT4
+KINDS = [("fp32", FLOAT), ("fp16", HALF), ("int8", INT8), ("int8-static", INT8), ("int4", INT4)]
 BLOCK_WEIGHTS = 2 * (4 * 64 * 64 + 2 * 64 * 240)
 """Weights of the linear layers of one tower's blocks."""
 
@@ -50,9 +47,7 @@ def weights(artifact: Artifact, part: str) -> Counter[int]:
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "text_encoder"])
-@pytest.mark.parametrize(
-    ("scheme", "kind"), [("fp32", FLOAT), ("fp16", HALF), ("int8", INT8), ("int8-static", INT8), ("int4", INT4)]
-)
+@pytest.mark.parametrize(("scheme", "kind"), KINDS)
 def test_the_layers_have_the_type_that_the_scheme_says(
     scheme: str, kind: int, part: str, exported: Callable[[str], Artifact]
 ) -> None:

@@ -141,14 +141,15 @@ def test_a_label_may_hold_braces(embedder: Embedder) -> None:
 def test_output_that_is_no_number_is_corrupt(embedder: Embedder, sessions: dict[str, FakeSession]) -> None:
     embedder.embed_texts(["a"])
     sessions["text_encoder"].poison = True
-    with pytest.raises(CorruptError, match="text_encoder of .* gives NaN"):
+    with pytest.raises(CorruptError, match=r"text_encoder of .* gives NaN"):
         embedder.embed_texts(["b"])
 
 
 @given(rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_normalize_gives_length_one_or_zero(rows: list[list[float]]) -> None:
-    length = np.linalg.norm(normalize(np.float32(rows)), axis=1)
-    assert (np.isclose(length, 1, atol=1e-5) | (np.linalg.norm(np.float32(rows), axis=1) < 1e-9)).all()
+    array = np.array(rows, np.float32)
+    length = np.linalg.norm(normalize(array), axis=1)
+    assert (np.isclose(length, 1, atol=1e-5) | (np.linalg.norm(array, axis=1) < 1e-9)).all()
 
 
 def test_open_takes_every_kind_of_image(artifact: Path, images: list[Any], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_probabilities_are_scikit_learn_s(count: int, embeddings: Any) -> None:
 
 
 def test_saved_and_loaded_it_is_the_same(embeddings: Any, tmp_path: Path) -> None:
-    probe = fit(*embeddings, "ab" * 32)
+    probe = fit(embeddings[0], embeddings[1], "ab" * 32)
     probe.save(tmp_path / "probe.safetensors")
     loaded = Probe.load(tmp_path / "probe.safetensors")
     assert (loaded.labels, loaded.weights_sha256) == (probe.labels, "ab" * 32)
@@ -56,7 +56,7 @@ def test_one_label_is_too_few(embeddings: Any) -> None:
 
 def test_embeddings_of_another_width_are_refused(embeddings: Any) -> None:
     with pytest.raises(UsageError, match="takes embeddings of 16, these have 8"):
-        fit(*embeddings, "").apply(np.zeros((1, 8), np.float32))
+        fit(embeddings[0], embeddings[1], "").apply(np.zeros((1, 8), np.float32))
 
 
 @pytest.mark.parametrize("where", ["absent/probe.safetensors", "file/probe.safetensors"])
