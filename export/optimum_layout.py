@@ -44,6 +44,7 @@ def export_joint(request: Request) -> Artifact:
 
 def _run_optimum(checkpoint: Path, folder: Path) -> None:
     exporter = require("optimum.exporters.onnx", "export")
+    require("transformers", "export").logging.set_verbosity_error()
     with warnings.catch_warnings():  # tracer warnings about constants; the numbers are checked in the tests
         warnings.simplefilter("ignore")
         exporter.main_export(str(checkpoint), folder, task=TASK, local_files_only=True, do_validation=False)

@@ -42,7 +42,7 @@ class Embedder:
         tokenizer: tuple[Path, TokenizerSpec],
         scalars: Mapping[str, float],
         root: Path,
-        batch_size: int = 8,
+        batch_size: int = 1,
     ) -> None:
         self.name = name
         self.image = image
@@ -50,6 +50,8 @@ class Embedder:
         self.root = root
         """The artifact or checkpoint folder."""
         self.batch_size = batch_size
+        """Inputs a run. One, by default: dynamic int8 scales a batch by its largest value, so an input's embedding
+        would depend on its neighbours, and a CPU gains nothing from batches of this size."""
         self._open_part = open_part
         self._sessions: dict[str, Session] = {}
         self._tokenizer_source = tokenizer

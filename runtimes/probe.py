@@ -108,5 +108,5 @@ def fit(embeddings: FloatArray, labels: Sequence[str], weights_sha256: str, *, c
     model.fit(embeddings, [names.index(label) for label in labels])
     weight, bias = np.asarray(model.coef_, np.float32), np.asarray(model.intercept_, np.float32)
     if len(names) == 2:  # scikit-learn keeps one row for two classes: the log-odds of the second
-        weight, bias = (np.concatenate([-x, x]) / np.float32(2) for x in (weight, bias))
+        weight, bias = (np.asarray(np.concatenate([-x, x]) / 2, np.float32) for x in (weight, bias))
     return Probe(tuple(names), np.ascontiguousarray(weight), np.ascontiguousarray(bias), weights_sha256)

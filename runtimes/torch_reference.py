@@ -54,6 +54,7 @@ def open_reference(
         tokenizer=(checkpoint.tokenizer_file(), spec.tokenizer),
         scalars=checkpoint.scalars(),
         root=checkpoint.root,
+        batch_size=8 if device == "cuda" else 1,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_link_stays_a_link(dangling: bool, tmp_path: Path) -> None:
         (errno.ENOSPC, "The disk is full while writing"),
         (errno.EACCES, "cannot be written"),
         (errno.EROFS, "cannot be written"),
-        (errno.EIO, "cannot be written"),
+        (errno.EIO, r"Writing .* failed: \[Errno 5\]"),
     ],
 )
 def test_the_system_s_refusals_become_one_line(number: int, message: str, tmp_path: Path) -> None:
@@ -119,9 +120,49 @@ def test_the_system_s_refusals_become_one_line(number: int, message: str, tmp_pa
 @pytest.mark.parametrize("below", ["out", "deep/out"])
 def test_a_file_as_parent_is_a_usage_error(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match=r"Writing .*out failed"):
         fill(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_writers_never_mix(tmp_path: Path) -> None:
+    with staged(tmp_path / "out", resume_key="key") as folder:
+        (folder / "manifest.json").write_text("first")
+        for key in ("key", "other", None):
+            with pytest.raises(UsageError, match="Another medge is writing"):
+                fill(tmp_path / "out", "second", resume_key=key)
+        assert (folder / "manifest.json").read_text() == "first"
+    assert (tmp_path / "out" / "manifest.json").read_text() == "first"
+
+
+def test_what_appeared_meanwhile_is_not_replaced_unasked(tmp_path_factory: pytest.TempPathFactory) -> None:
+    theirs, tmp_path = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
+    (theirs / "manifest.json").write_text("theirs")
+    with pytest.raises(UsageError, match="exists"), staged(tmp_path / "out"):
+        shutil.copytree(theirs, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_text() == "theirs"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_link_in_the_partial_folder_s_place_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    (tmp_path / ".out.partial").symlink_to(victim)
+    with pytest.raises(UsageError, match="is a link"):
+        fill(tmp_path / "out")
+    assert names(victim) == ["thesis.tex"]
+
+
+def test_a_link_inside_a_leftover_is_removed_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "x").symlink_to(victim)
+    fill(tmp_path / "out")
+    assert names(victim) == ["thesis.tex"]
+    assert names(tmp_path / "out") == ["manifest.json"]
 
 
 def test_an_old_copy_that_a_kill_left_is_cleared(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,21 +25,50 @@ def staged(out: Path, *, replace: bool = False, resume_key: str | None = None) -
     request. `out` itself is untouched until the rename, also with `replace`.
 
     Raises:
-        UsageError: `out` exists (with `replace`: and is none of medge's), cannot be written, or the disk is full.
+        UsageError: `out` exists (with `replace`: and is none of medge's), cannot be written, is being written by
+            another process, or the disk is full.
     """
     out = Path(out).resolve()  # through a link: the folder is replaced, the link stays
     _check_free(out, replace=replace)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        _prepare(partial, resume_key)
-        yield partial
-        (partial / _KEY).unlink(missing_ok=True)
-        _swap(partial, out)
+        with _alone(partial, out):
+            try:
+                _prepare(partial, resume_key)
+                yield partial
+                (partial / _KEY).unlink(missing_ok=True)
+                _swap(partial, out, replace=replace)
+            except BaseException:
+                if resume_key is None:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise _explain(error, out, resume_key) from error
+
+
+@contextmanager
+def _alone(partial: Path, out: Path) -> Iterator[None]:
+    """One writer a folder; the lock is the system's, and ends with the process that holds it."""
+    if partial.is_symlink():
+        raise UsageError(f"{partial} is a link, and what it leads to would be cleared", "Remove it")
+    partial.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # which cannot open a folder; there two writers are the user's care
+        yield
+        return
+    import fcntl
+
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise BlockingIOError  # the other one finished between our open and our lock
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(f"Another medge is writing {out}", "Wait for it, or name another folder") from None
+    try:
+        yield
     finally:
-        if resume_key is None:
-            shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
 
 
 def _check_free(out: Path, *, replace: bool) -> None:
@@ -52,14 +83,14 @@ def _check_free(out: Path, *, replace: bool) -> None:
 def _prepare(partial: Path, resume_key: str | None) -> None:
     key = partial / _KEY
     if resume_key is None or not key.is_file() or key.read_text() != resume_key:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if resume_key is not None:
         key.write_text(resume_key)
 
 
-def _swap(partial: Path, out: Path) -> None:
+def _swap(partial: Path, out: Path, *, replace: bool) -> None:
+    _check_free(out, replace=replace)  # again: the work may have taken minutes
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -74,4 +105,4 @@ def _explain(error: OSError, out: Path, resume_key: str | None) -> UsageError:
         return UsageError(f"The disk is full while writing {out}", f"Free some space. {after}")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UsageError(f"{out.parent} cannot be written: {error.strerror}", "Choose another folder with -o")
-    return UsageError(f"{out} cannot be written: {error}")
+    return UsageError(f"Writing {out} failed: {error}")

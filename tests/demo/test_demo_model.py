@@ -62,7 +62,7 @@ def test_zero_shot_reaches_what_the_readme_states() -> None:
     assert stated
     per_class = accuracy(MODEL, IMAGES)
     top1 = sum(per_class.values()) / len(per_class)
-    assert top1 >= float(stated[1]) / 100 - 0.012, "two images of 180 may flip with the platform"
+    assert top1 >= float(stated[1]) / 100 - 0.014, "two images of 156 may flip with the platform"
     assert top1 >= 0.85
 
 

@@ -56,6 +56,8 @@ def test_every_empty_cell_has_a_reason() -> None:
 
 
 def check(found: FloatArray, expected: FloatArray, scheme: str) -> None:
+    if scheme == "fp32":  # exact enough to tell one GELU from the other, and one epsilon
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     least, least_centred = BOUNDS[scheme]
     assert np.sum(found * expected, axis=1).min() >= least
     assert centred_cosine(found, expected).min() >= least_centred

@@ -103,7 +103,7 @@ def exit_with(error: MedgeError) -> int:
     from rich.text import Text
 
     message, remedy = (" ".join(text.splitlines()) for text in (error.message, error.remedy))
-    line = Text.assemble(("error: ", "bold red"), (message + ".", "bold"), f" {remedy}")
+    line = Text.assemble(("error: ", "bold red"), (message + ".", "bold"), f" {remedy}" if remedy else "")
     stderr().print(line, soft_wrap=True)
     return error.exit_code
 

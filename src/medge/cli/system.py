@@ -15,7 +15,7 @@ _EXTRAS = {
     "executorch": ("executorch",),
     "coreml": ("coremltools",),
     "gguf": ("gguf", "llama_cpp"),
-    "eval": ("sklearn", "scipy", "matplotlib"),
+    "eval": ("sklearn", "scipy"),
     "dicom": ("pydicom",),
     "device": ("adbutils",),
 }
@@ -76,7 +76,7 @@ def _cuda() -> str:
 
 
 def _fits(ram_gib: float) -> list[tuple[str, str, str, str]]:
-    """Jobs by the memory that their weights take: measured factors, docs/memory.md."""
+    """Jobs by the memory that their weights take: measured factors, docs/performance.md."""
     from medge.registry import FAMILIES, MODELS
 
     rows = []

@@ -20,7 +20,7 @@ from medge.runtimes import open as open_artifact
 
 Show = Callable[[str, int, int], None]
 SCHEMES = ("fp32", "int8")
-_SHOWN = ("cosine_min", "centred_cosine_min", "top1_agreement", "auc_delta")
+_SHOWN = ("image_cosine_min", "centred_cosine_min", "top1_agreement", "auc_delta")
 
 
 @dataclass

@@ -112,7 +112,7 @@ def _read_dicom(path: Path, windows: tuple[tuple[float, float], ...]) -> list[Pi
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     data = pydicom.dcmread(path)
-    x = pixel_array(data)  # colour comes back as RGB
+    x = pixel_array(data, decoding_plugin="pillow" if data.file_meta.TransferSyntaxUID.is_compressed else "")
     if data.PhotometricInterpretation == "PALETTE COLOR":
         x = (apply_color_lut(x, data) >> 8).astype(np.uint8)
     if x.dtype == np.uint8:

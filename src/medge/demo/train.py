@@ -152,7 +152,7 @@ def augment(images: Tensor) -> Tensor:
 
     x = images.float() / 255
     x = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, x, functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-    zoom, angle = uniform(0.4, 1.02), uniform(-0.15, 0.15)
+    zoom, angle = uniform(0.65, 1.02), uniform(-0.15, 0.15)
     mirror = torch.where(uniform(0, 1) < 0.5, 1.0, -1.0)
     slack = (1 - zoom).clamp(min=0)[:, None] * uniform(-1, 1, 2)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
