@@ -43,7 +43,7 @@ def observe(
                 seen.setdefault(name, []).append(value.reshape(-1, value.shape[-1]))
         on_sample()
     rows = {name: np.concatenate(values) for name, values in seen.items()}
-    return [Layer(name, weight, rows[tap]) for name, (tap, weight) in taps.items()]
+    return [Layer(name, weight, rows[tap], group=tap) for name, (tap, weight) in taps.items()]
 
 
 def _write(checkpoint: Checkpoint, part: Part, path: Path, rows: int) -> Mapping[str, tuple[str, Weight]]:

@@ -7,7 +7,7 @@ MultiHeadAttention, a contrib operator of every ONNX Runtime build, phones inclu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import onnx
 from medge.export.base import PartJob, Support
 from medge.export.onnx_graph import CONTRIB, OPSET, Graph
 from medge.manifest import Format
-from medge.quantize.onnx import UNFOLD, Linears
+from medge.quantize.onnx import SPEED, UNFOLD, Linears
 from medge.quantize.onnx_attention import IntegerAttention
 from medge.quantize.scheme import Scheme
 from medge.spec import BuildOptions, ModelSpec, Part, Weight
@@ -29,9 +29,8 @@ class OnnxOps:
 
     graph: Graph
     linear: Linears
-    integer_attention: bool = False
-    slices: int = 1
-    """Into how many slices of tokens the MLPs are cut, so that a slice's hidden layer (4 MB) stays in the cache."""
+    integer_attention: int | None = None
+    """How many tokens attend to each other, where that is to be done in integers."""
     taps: dict[str, tuple[str, Weight]] | None = None
     """When a dict: filled with each linear layer's weight and a graph value that samples its input."""
     tap_rows: int = 16
@@ -62,8 +61,8 @@ class OnnxOps:
         return self.graph.node("Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out")
 
     def add(self, x: str, y: str, at: str) -> str:
-        """A residual: a Sum, since ONNX Runtime fuses Add and LayerNormalization into an operator 10 times slower."""
-        return self.graph.node("Sum", [x, y], f"{at}.out")
+        """A residual."""
+        return self.graph.node("Add", [x, y], f"{at}.out")
 
     def add_weight(self, x: str, y: Weight, at: str) -> str:
         """A position embedding."""
@@ -92,7 +91,7 @@ class OnnxOps:
     def attention(self, q: str, k: str, v: str, heads: int, width: int, at: str) -> str:
         """Fused in floats, in blocks that fit the cache; or in integers where the scheme says so and it pays."""
         if self.integer_attention:
-            return IntegerAttention(self.graph, heads, at).emit(q, k, v, width // heads)
+            return IntegerAttention(self.graph, heads, self.integer_attention, at).emit(q, k, v, width // heads)
         y = self.graph.node("MultiHeadAttention", [q, k, v], f"{at}.attended", domain=CONTRIB, num_heads=heads)
         self.graph.shape(y, ["batch", f"{at}.tokens", f"{at}.width"])
         return y
@@ -115,22 +114,6 @@ class OnnxOps:
         shape = self.graph.weight(f"{at}.shape", np.array([0, 1, -1], np.int64))
         y = self.graph.node("Reshape", [y, shape], f"{at}.joined")
         return self.graph.node("Add", [y, self.graph.weight(f"{at}.v_proj.bias", bias)], f"{at}.out")
-
-    def tokenwise(self, x: str, body: Callable[[str], str], at: str) -> str:
-        """The body over slices of tokens, joined again."""
-        if self.slices == 1:
-            return body(x)
-        names = [f"{at}.slice.{i}" for i in range(self.slices)]
-        parts = self.graph.node_many("Split", [x], names, axis=1, num_outputs=self.slices)
-        return self.graph.node(
-            "Concat", [self._suffixed(i, body, part) for i, part in enumerate(parts)], f"{at}.joined", axis=1
-        )
-
-    def _suffixed(self, i: int, body: Callable[[str], str], part: str) -> str:
-        self.graph.suffix = f"#{i}"
-        out = body(part)
-        self.graph.suffix = ""
-        return out
 
     def token(self, x: str, index: int, at: str) -> str:
         """One token of each sequence."""
@@ -157,16 +140,12 @@ class OnnxOps:
 
 
 LONG = 256
-"""Tokens from which many small operations, each within the cache, beat few large ones."""
-SLICE = 256
-"""Tokens of a slice of the MLP."""
+"""Tokens from which attention in integers beats the fused operator; below, its many small nodes cost more."""
 
 
-def _shape_of_work(scheme: Scheme, part: Part) -> tuple[bool, int]:
-    """Whether attention runs in integers, and into how many slices the MLPs are cut."""
-    if scheme.activations == "none" or part.tokens < LONG:
-        return False, 1
-    return scheme.attention == 8, max(1, part.tokens // SLICE)
+def _integer_attention(scheme: Scheme, part: Part) -> int | None:
+    """The part's tokens, where attention in integers is asked for and pays."""
+    return part.tokens if scheme.attention == 8 and scheme.activations != "none" and part.tokens >= LONG else None
 
 
 class OnnxExporter:
@@ -176,14 +155,21 @@ class OnnxExporter:
     extra = "export"
 
     def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
-        """Every scheme, for every family whose parts are written against `Ops`."""
+        """Every family whose parts are written against `Ops`; not weights in integers under float activations."""
+        for rule in scheme.rules:
+            if rule.bits < 16 and scheme.activations == "none":
+                reason = f"{rule.bits}-bit weights under float activations run slower than fp32 in ONNX Runtime"
+                return Support(False, f"{reason}: use activations = 'dynamic'")
+            if rule.bits == 8 and rule.block is not None:
+                return Support(False, "ONNX Runtime's 8-bit kernels take one scale an output channel: leave out block")
         return Support(True)
 
     def write(self, job: PartJob, folder: Path) -> list[str]:
         """Stream the part into a graph; checked by onnx's own checker before it counts."""
         path = folder / f"{job.part.name}.onnx"
         with Graph(path) as graph:
-            ops = OnnxOps(graph, Linears(graph, job.scheme, job.ranges), *_shape_of_work(job.scheme, job.part))
+            linear = Linears(graph, job.scheme, job.ranges)
+            ops = OnnxOps(graph, linear, _integer_attention(job.scheme, job.part))
             inputs = {spec.name: spec.name for spec in job.part.inputs}
             output = job.part.build(ops, inputs, job.read, BuildOptions(mlp_multiple=job.scheme.block))
             graph.node("Identity", [output], job.part.outputs[0].name)
@@ -192,8 +178,8 @@ class OnnxExporter:
         return files
 
     def session(self, scheme: Scheme) -> dict[str, str]:
-        """4-bit files need their weights unfolded at load."""
-        return dict(UNFOLD) if any(rule.bits == 4 for rule in scheme.rules) else {}
+        """4-bit files need their weights unfolded at load; no file gains from a fusion with a slow kernel."""
+        return SPEED | (UNFOLD if any(rule.bits == 4 for rule in scheme.rules) else {})
 
     def tools(self) -> dict[str, str]:
         """Versions of what wrote the files."""

@@ -36,8 +36,6 @@ class Graph:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._shapes: list[onnx.ValueInfoProto] = []
-        self.suffix = ""
-        """Appended to what nodes are called, so that the same layers can be emitted again over other tokens."""
 
     def __enter__(self) -> Graph:
         return self
@@ -53,9 +51,9 @@ class Graph:
         self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Append a node with named outputs."""
-        names = [f"{output}{self.suffix}" for output in outputs]
-        self._nodes.append(helper.make_node(op, list(inputs), names, name=names[0], domain=domain, **attributes))
-        return names
+        node = helper.make_node(op, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes)
+        self._nodes.append(node)
+        return list(outputs)
 
     def weight(self, name: str, value: np.ndarray[Any, Any]) -> str:
         """Append an initializer of the array's own dtype; a name already there is not written again."""

@@ -44,6 +44,8 @@ class Layer:
     weight: Weight
     inputs: FloatArray
     """(rows, in): tokens of many samples."""
+    group: str
+    """The same for layers that read the same input, and so share its quantization."""
 
 
 def activation_range(inputs: FloatArray, calibration: Calibration) -> Range:
@@ -56,17 +58,21 @@ def activation_range(inputs: FloatArray, calibration: Calibration) -> Range:
 
 
 def static_ranges(layers: Iterable[Layer], calibration: Calibration) -> dict[str, Range]:
-    """Ranges by layer name, without the `leave_share` of layers that static activations hurt most.
+    """Ranges by layer name, without the `leave_share` of inputs that static activations hurt most.
 
-    The measure is the error at the layer's output, relative to that output, when only its input is rounded.
+    The measure is the error at a layer's output, relative to that output, when only its input is rounded; layers
+    that share an input are left or kept together, by the worst of them.
     """
-    ranges, errors = {}, {}
+    ranges: dict[str, tuple[str, Range]] = {}
+    errors: dict[str, float] = {}
     for layer in layers:
-        found = ranges[layer.name] = activation_range(layer.inputs, calibration)
+        found = activation_range(layer.inputs, calibration)
         matrix = layer.weight.read().T
-        errors[layer.name] = relative_error(layer.inputs @ matrix, found.round_trip(layer.inputs) @ matrix)
-    left = sorted(errors, key=lambda name: errors[name], reverse=True)[: int(len(errors) * calibration.leave_share)]
-    return {name: found for name, found in ranges.items() if name not in left}
+        error = relative_error(layer.inputs @ matrix, found.round_trip(layer.inputs) @ matrix)
+        ranges[layer.name] = layer.group, found
+        errors[layer.group] = max(error, errors.get(layer.group, 0.0))
+    left = sorted(errors, key=lambda group: errors[group], reverse=True)[: int(len(errors) * calibration.leave_share)]
+    return {name: found for name, (group, found) in ranges.items() if group not in left}
 
 
 def relative_error(exact: FloatArray, rounded: FloatArray) -> float:

@@ -20,6 +20,9 @@ from medge.spec import FloatArray, Weight
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT; this module needs no onnx
 
+SPEED = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+"""ONNX Runtime's SkipLayerNormalization is 10 times slower on a CPU than the Add and LayerNormalization it replaces."""
+
 UNFOLD = {"session.disable_quant_qdq": "1"}
 """Lets ONNX Runtime compute DequantizeLinear(int4) -> QuantizeLinear(int8) once, at load. Without it the pair
 is taken for a quantization of activations and moved about: 5 times slower."""

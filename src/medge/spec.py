@@ -117,10 +117,6 @@ class Ops(Protocol[Value]):
         """
         ...
 
-    def tokenwise(self, x: Value, body: Callable[[Value], Value], at: str) -> Value:
-        """(B, N, D) -> (B, N, D): `body` treats each token alone, so a format may apply it to slices of tokens."""
-        ...
-
     def token(self, x: Value, index: int, at: str) -> Value:
         """(B, N, D) -> (B, D): one token; -1 is the last."""
         ...

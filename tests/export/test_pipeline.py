@@ -61,7 +61,6 @@ def kill_in_text_encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 LINEAR = ".*(mlp|self_attn).*"
-PRETENDS = pytest.mark.xfail(strict=True, reason="OnnxExporter.supports says yes to what quantize/onnx.py does not do")
 
 
 def size_of(artifact: Artifact) -> int:
@@ -309,9 +308,9 @@ def test_a_budget_leaves_alone_what_a_rule_leaves_alone(run_export: Run) -> None
 @pytest.mark.parametrize(
     ("rule", "activations"),
     [
-        pytest.param(Rule(match=LINEAR, bits=8, block=16), "dynamic", id="8 bits in blocks", marks=PRETENDS),
-        pytest.param(Rule(match=LINEAR, bits=8), "none", id="8 bits, float activations", marks=PRETENDS),
-        pytest.param(Rule(match=LINEAR, bits=4, block=32), "none", id="4 bits, float activations", marks=PRETENDS),
+        pytest.param(Rule(match=LINEAR, bits=8, block=16), "dynamic", id="8 bits in blocks"),
+        pytest.param(Rule(match=LINEAR, bits=8), "none", id="8 bits, float activations"),
+        pytest.param(Rule(match=LINEAR, bits=4, block=32), "none", id="4 bits, float activations"),
         pytest.param(Rule(match=LINEAR, bits=4, block=32), "dynamic", id="4 bits in blocks"),
         pytest.param(Rule(match=LINEAR, bits=4), "dynamic", id="4 bits a channel"),
     ],

@@ -25,7 +25,7 @@ FINITE = st.floats(-1e4, 1e4, width=32)
 
 
 def layer(name: str, weight: FloatArray, inputs: FloatArray) -> Layer:
-    return Layer(name, Weight(name, lambda: weight), inputs)
+    return Layer(name, Weight(name, lambda: weight), inputs, group=name)
 
 
 def floats(*values: float) -> FloatArray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from medge.checkpoint import Checkpoint
@@ -15,6 +16,8 @@ from medge.export.pipeline import export
 from medge.export.request import Request
 from medge.manifest import Artifact
 from medge.quantize.scheme import load
+from medge.runtimes.base import RunOptions
+from medge.runtimes.onnx_backend import session_options
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 INT8, INT4 = onnx.TensorProto.INT8, onnx.TensorProto.INT4
@@ -84,6 +87,16 @@ def test_external_data_stays_beside_its_graph(scheme: str, exported: Callable[[s
         assert places == {file.path for file in files.files[1:]}
 
 
-def test_only_4_bit_files_ask_for_their_session_setting(exported: Callable[[str], Artifact]) -> None:
-    asks = {scheme: bool(exported(scheme).manifest.session) for scheme in ("fp32", "int8", "int4", "int4-mixed")}
+def test_only_4_bit_files_ask_for_their_weights_to_be_unfolded(exported: Callable[[str], Artifact]) -> None:
+    schemes = ("fp32", "int8", "int4", "int4-mixed")
+    asks = {scheme: "session.disable_quant_qdq" in exported(scheme).manifest.session for scheme in schemes}
     assert asks == {"fp32": False, "int8": False, "int4": True, "int4-mixed": True}
+
+
+def test_no_artifact_runs_the_slow_fused_layer_norm(exported: Callable[[str], Artifact], tmp_path: Path) -> None:
+    artifact = exported("int8-static")
+    options = session_options(artifact.manifest.session, RunOptions(threads=1))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(artifact.part_path("image_encoder")), options)
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    assert "SkipLayerNormalization" not in {node.op_type for node in optimized.graph.node}

@@ -161,10 +161,6 @@ def _block(ops: Ops[V], read: Read, x: V, at: str, config: TowerConfig, options:
     y = ops.attention(q, k, v, config.num_attention_heads, config.hidden_size, attn)
     (y,) = ops.linears(y, {f"{attn}.out_proj": _linear(read, f"{attn}.out_proj")})
     x = ops.add(x, y, f"{at}.residual1")
-    return ops.tokenwise(x, partial(_mlp_branch, ops, read, at=at, config=config, options=options), at)
-
-
-def _mlp_branch(ops: Ops[V], read: Read, x: V, *, at: str, config: TowerConfig, options: BuildOptions) -> V:
     y = _norm(ops, read, x, f"{at}.layer_norm2", config.layer_norm_eps)
     return ops.add(x, _mlp(ops, read, y, f"{at}.mlp", options), f"{at}.residual2")
 
