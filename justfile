@@ -38,9 +38,9 @@ lock:
       --no-header --no-emit-index-url --no-annotate -q -o requirements.lock
 
 # retrain the demo model and its sample images from the packages that ship them
-train-demo out="/tmp/medge-demo-model":
+train-demo out="demo-model":
     python -m medge.demo.train --out {{out}}
 
 # full-size seeded weights against peers, ratios in one run: needs the peers extra, a quiet machine, 12 GB of disk
-bench-full dir="/tmp/medge-full":
+bench-full dir="full-size":
     python -m medge.benchmarks.full_size {{dir}}

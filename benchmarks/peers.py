@@ -25,7 +25,7 @@ Run = Callable[[FloatArray], FloatArray]
 def _tower(checkpoint: Path) -> Any:
     from medge.checkpoint import Checkpoint
 
-    return TorchSession(Checkpoint.open(checkpoint), "image_encoder", device="cpu", dtype="fp32").module
+    return TorchSession(Checkpoint.open(checkpoint), "image_encoder", device="cpu", dtype="fp32", onednn=False).module
 
 
 def make_plain_onnx(checkpoint: Path, out: Path) -> None:
@@ -86,7 +86,7 @@ def run_torch(checkpoint: Path, threads: int) -> Run:
     from medge.checkpoint import Checkpoint
 
     torch.set_num_threads(threads)
-    session = TorchSession(Checkpoint.open(checkpoint), "image_encoder", device="cpu", dtype="fp32")
+    session = TorchSession(Checkpoint.open(checkpoint), "image_encoder", device="cpu", dtype="fp32", onednn=False)
     return lambda pixels: session.run({"pixel_values": pixels})["image_embeds"]
 
 

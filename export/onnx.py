@@ -1,8 +1,8 @@
 """The ONNX exporter: an architecture written against `Ops` becomes one graph a part.
 
 The graph is written directly, not traced: no torch, one tensor in memory, and each operator is the one that
-ONNX Runtime has a fast kernel for. Opens in plain `onnxruntime`; attention is com.microsoft's
-MultiHeadAttention, a contrib operator of every ONNX Runtime build, phones included.
+ONNX Runtime has a fast kernel for. Opens in plain `onnxruntime`: attention takes com.microsoft's
+MultiHeadAttention or MatMulIntegerToFloat, contrib operators of every ONNX Runtime build, phones included.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ SETTINGS = {
 }
 LAYOUTS = ("split", "optimum")
 PARITY_SAMPLES = 4
+PARITY_SAMPLES_LARGE = 2
+"""From LARGE parameters on, where one image through the fp32 reference costs as much as the export itself."""
+LARGE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ class Request:
     @property
     def parity_samples(self) -> int:
         """How many samples parity uses; 0 is off."""
-        value = self.settings.get("parity", str(PARITY_SAMPLES))
+        value = self.settings.get("parity", str(self._default_parity_samples()))
         if value != "off" and not (value.isdecimal() and int(value) > 0):
             raise UsageError(f"parity={value} is neither 'off' nor a number of samples")
         return 0 if value == "off" else int(value)
+
+    def _default_parity_samples(self) -> int:
+        return PARITY_SAMPLES if self.checkpoint.spec.parameters < LARGE else PARITY_SAMPLES_LARGE
 
     def calibration_images(self, count: int) -> list[Path]:
         """Images for calibration and sensitivity: the user's folder, or those that ship with medge.

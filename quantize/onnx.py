@@ -67,7 +67,6 @@ class Linears:
     scheme: Scheme
     ranges: Mapping[str, Range] = field(default_factory=dict)
     """Calibrated input ranges by layer name; a layer without one gets dynamic activations."""
-    _matrices: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def emit(self, x: str, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[str]:
         """x (…, in) -> one (…, out) a layer."""
@@ -129,13 +128,10 @@ class Linears:
         return self.graph.node("MatMul", [*inputs.quantized, matrix], f"{at}.matmul")
 
     def _integer(self, at: str, weight: Weight, rule: Rule) -> tuple[str, str]:
-        """An int8 matrix (in, out) with one scale an output channel, however the file stores it; made once a layer."""
-        if at not in self._matrices:
-            quantized = quantize(weight.read(), rule.bits, rule.block, rule.method)
-            self._matrices[at] = self._unfolded(at, quantized) if rule.bits == 4 else self._stored(at, quantized)
-        return self._matrices[at]
-
-    def _stored(self, at: str, quantized: Quantized) -> tuple[str, str]:
+        """An int8 matrix (in, out) with one scale an output channel, however the file stores it."""
+        quantized = quantize(weight.read(), rule.bits, rule.block, rule.method)
+        if rule.bits == 4:
+            return self._unfolded(at, quantized)
         matrix = self.graph.weight(f"{at}.weight", quantized.values.T)
         return matrix, self.graph.weight(f"{at}.weight.scale", quantized.scales[:, 0])
 

@@ -25,9 +25,6 @@ from numpy.typing import NDArray
 
 from medge.errors import MedgeError, UsageError
 
-ImageLike = str | Path | bytes | PIL.Image.Image | NDArray[np.uint8] | NDArray[np.uint16]
-"""A path, an encoded file's bytes, a Pillow image, or an array (H, W) or (H, W, 3) of 8 or 16 bits."""
-
 MAX_PIXELS = 100_000_000
 """Larger images are refused by their header: a decompression bomb costs nothing."""
 
@@ -52,6 +49,10 @@ class Picture:
         return int(np.iinfo(self.pixels.dtype).max)
 
 
+ImageLike = str | Path | bytes | PIL.Image.Image | NDArray[np.uint8] | NDArray[np.uint16] | Picture
+"""A path, an encoded file's bytes, a Pillow image, or an array (H, W) or (H, W, 3) of 8 or 16 bits, or a Picture."""
+
+
 def load_image(source: ImageLike, frame: int = 0) -> Picture:
     """Decode one image. `frame` picks one of a multi-frame file (GIF, TIFF, DICOM), counted from 0.
 
@@ -61,9 +62,11 @@ def load_image(source: ImageLike, frame: int = 0) -> Picture:
         UsageError: no image there, or a damaged, too large or too deep one, or one without that frame.
         MissingExtraError: a DICOM, and pydicom or the codec of its pixels is not installed.
     """
-    if isinstance(source, np.ndarray | PIL.Image.Image):
+    if isinstance(source, Picture | np.ndarray | PIL.Image.Image):
         if frame:
             raise UsageError(f"An image in memory has no frame {frame}", "Pass the frame itself")
+        if isinstance(source, Picture):
+            return source
         return _from_array(source) if isinstance(source, np.ndarray) else _from_pillow(source)
     if isinstance(source, bytes):
         return _from_stream(io.BytesIO(source), "The image", frame)

@@ -65,7 +65,7 @@ def _device_name(torch: Any, device: str) -> str:
 class TorchSession:
     """One tower of a SiglipModel."""
 
-    def __init__(self, checkpoint: Checkpoint, part: str, *, device: str, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, part: str, *, device: str, dtype: str, onednn: bool = True) -> None:
         import torch
 
         self._torch = torch
@@ -73,6 +73,9 @@ class TorchSession:
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
         self._output = "image_embeds" if part == IMAGE else "text_embeds"
         self.module = _load(checkpoint, part, device, self._dtype)
+        fp32_on_cpu = device == "cpu" and dtype == "fp32" and part == IMAGE  # a prompt is too short to pay for it
+        if onednn and fp32_on_cpu and torch.backends.mkldnn.is_available():
+            _use_onednn(self.module)
 
     def run(self, inputs: Tensors) -> dict[str, FloatArray]:
         """The tower's pooled output."""
@@ -107,3 +110,16 @@ def _load(checkpoint: Checkpoint, part: str, device: str, dtype: Any) -> Any:
     count = embeddings.position_embedding.num_embeddings
     embeddings.position_ids = torch.arange(count, device=device).expand(1, -1)  # a buffer outside the checkpoint
     return model.eval()
+
+
+def _use_onednn(module: Any) -> None:
+    """Linear layers through oneDNN: the same fp32 products, twice as fast as MKL's on processors it does not favour."""
+    import torch
+    from torch.utils.mkldnn import MkldnnLinear
+
+    for name, child in module.named_children():
+        if type(child) is torch.nn.Linear:
+            with torch.no_grad():
+                setattr(module, name, MkldnnLinear(child, torch.float32))
+        else:
+            _use_onednn(child)

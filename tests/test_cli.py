@@ -580,3 +580,17 @@ def test_an_artifact_whose_manifest_was_rewritten_still_opens(own_artifact: Path
     manifest = Artifact.open(own_artifact).manifest
     write_json(own_artifact / MANIFEST, manifest.model_dump(mode="json"))
     assert cli("verify", own_artifact)[0] == 0
+
+
+def test_a_frame_is_chosen_by_index(artifact: Path, cli: Cli, tmp_path: Path) -> None:
+    frames = [PIL.Image.new("RGB", (20, 20), color) for color in ("black", "white")]
+    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
+    rows = []
+    for index in ("0", "1"):
+        code, out, _ = cli("embed", str(artifact), str(tmp_path / "two.tiff"), "--frame", index, "--json")
+        assert code == 0
+        rows.append(json.loads(out)[0]["embedding"])
+    assert rows[0] != rows[1]
+    code, _, error = cli("embed", str(artifact), str(tmp_path / "two.tiff"), "--frame", "2")
+    assert code == 2
+    assert "frame" in error

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact folder.")]
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image or DICOM files.")]
+Frame = Annotated[int, typer.Option(min=0, help="Which frame of a multi-frame file, from 0.")]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the label; several are averaged.")
 ]
@@ -40,7 +41,9 @@ def _open(artifact: Path, threads: int | None) -> Embedder:
     return open_artifact(artifact, RunOptions(threads=threads))
 
 
-def _embed(model: Embedder, images: Sequence[Path]) -> FloatArray:
+def _embed(model: Embedder, images: Sequence[Path], frame: int = 0) -> FloatArray:
+    from medge.runtimes.images import load_image
+
     with progress() as report:
         done = 0
 
@@ -49,7 +52,8 @@ def _embed(model: Embedder, images: Sequence[Path]) -> FloatArray:
             done += count
             report("embed images", done, len(images))
 
-        return model.embed_images(images, on_batch)
+        pictures = [load_image(image, frame) for image in images] if frame else images
+        return model.embed_images(pictures, on_batch)
 
 
 def classify(
@@ -58,6 +62,7 @@ def classify(
     label: Annotated[list[str] | None, typer.Option("--label", help="A class; give several.")] = None,
     template: Templates = None,
     multilabel: Annotated[bool, typer.Option("--multilabel", help="A sigmoid a label, not a softmax.")] = False,
+    frame: Frame = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -67,7 +72,7 @@ def classify(
     labels, templates = label or [], template or ["{}"]
     check_labels(labels, templates)
     model = _open(artifact, threads)
-    embeddings = _embed(model, images)
+    embeddings = _embed(model, images, frame)
     scores = model.scores(embeddings, model.class_embeddings(labels, templates), multilabel=multilabel)
     _print_scores(images, labels, scores, json)
 
@@ -89,6 +94,7 @@ def embed(
     images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE…]")] = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="A text; give several.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; images first, then texts.")] = None,
+    frame: Frame = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -99,7 +105,7 @@ def embed(
     if not images and not texts:
         raise UsageError("Nothing to embed", "Pass image files, or --text")
     model = _open(artifact, threads)
-    parts = [_embed(model, images)] if images else []
+    parts = [_embed(model, images, frame)] if images else []
     rows = np.concatenate([*parts, *([model.embed_texts(texts)] if texts else [])])
     if out is not None:
         with out.open("wb") as stream:

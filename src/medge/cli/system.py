@@ -99,7 +99,7 @@ def demo(
 
     with progress() as show:
         result = run(out, show)
-    for name, rows in result.tables.items():
-        print_table(name, result.columns[name], rows)
+    for table in result.tables:
+        print_table(table.title, table.columns, table.rows)
     say("The demo model is tiny and its images few: this shows the tool, and is no medical claim.")
     say(f"Report: {result.report.resolve()}")

@@ -36,8 +36,9 @@ Held-out files of which nothing was trained on: `S0_10slices` (all of axial brai
 (half of coronal brain mri), `histo` (half of histology).
 
 Classes and splits were settled after two earlier runs had been measured on held-out crops: abdominal and
-shoulder MRI, one slice each, were dropped because half a slice did not carry over to the other half. So the
-score is a little flattered by selection, too.
+shoulder MRI, one slice each, were dropped because half a slice did not carry over to the other half; the
+held-out coronal and sagittal slices of the template were moved between trained ones; `img3d` was split instead
+of being held out whole. So the score is flattered by selection, too.
 
 ## How it was made
 `python -m medge.demo.train --out DIR --seed {seed} --steps {steps} --threads {threads}`

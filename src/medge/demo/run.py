@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from medge.benchmarks.baseline import Baseline, capture
@@ -20,16 +20,26 @@ from medge.runtimes import open as open_artifact
 
 Show = Callable[[str, int, int], None]
 SCHEMES = ("fp32", "int8")
-_SHOWN = ("image_cosine_min", "centred_cosine_min", "top1_agreement", "auc_delta")
+SHOWN = "chest x-ray"
+"""The class of the image that the demo classifies."""
+_METRICS = ("image_cosine_min", "centred_cosine_min", "top1_agreement", "auc_delta")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Table:
+    """Something to print."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Demo:
     """What there is to show."""
 
     report: Path
-    columns: dict[str, list[str]] = field(default_factory=dict)
-    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    tables: tuple[Table, ...]
 
 
 def run(out: Path, show: Show) -> Demo:
@@ -45,23 +55,17 @@ def run(out: Path, show: Show) -> Demo:
         runs.append(bench(folder, BenchOptions(processes=1, seconds=1.0, allow_noise=True)))
     report = out / "report.html"
     render(Report(checks=tuple(checks), runs=tuple(runs)), report)
-    return _demo(report, baseline, checks, runs, out / SCHEMES[-1])
+    return Demo(report, (_verdicts(baseline, checks, runs), _scores(out / SCHEMES[-1], baseline)))
 
 
 def _baseline(out: Path, show: Show) -> Baseline:
     return capture(MODEL, IMAGES, out, replace=True, progress=lambda done, total: show("reference", done, total))
 
 
-def _demo(report: Path, baseline: Baseline, checks: list[CheckResult], runs: list[RunRecord], artifact: Path) -> Demo:
-    demo = Demo(report)
+def _verdicts(baseline: Baseline, checks: list[CheckResult], runs: list[RunRecord]) -> Table:
     title = f"Against {baseline.manifest.reference}, {len(baseline.manifest.images)} held-out images"
-    demo.columns[title] = ["artifact", "size", *_SHOWN, "encode one image", "verdict"]
-    demo.tables[title] = [_row(one, timed) for one, timed in zip(checks, runs, strict=True)]
-    image = IMAGES / baseline.manifest.images[0]
-    title = f"{baseline.manifest.images[0]}, by the int8 artifact"
-    demo.columns[title] = ["label", "score", ""]
-    demo.tables[title] = _scores(artifact, image, baseline)
-    return demo
+    columns = ["artifact", "size", *_METRICS, "encode one image", "verdict"]
+    return Table(title, columns, [_row(one, timed) for one, timed in zip(checks, runs, strict=True)])
 
 
 def _row(one: CheckResult, timed: RunRecord) -> list[str]:
@@ -70,13 +74,14 @@ def _row(one: CheckResult, timed: RunRecord) -> list[str]:
     return [
         f"onnx {one.artifact.scheme}",
         size(one.artifact.bytes),
-        *(values.get(m, "–") for m in _SHOWN),
+        *(values.get(m, "–") for m in _METRICS),
         encode,
         one.overall,
     ]
 
 
-def _scores(artifact: Path, image: Path, baseline: Baseline) -> list[list[str]]:
-    labels = baseline.manifest.labels
+def _scores(artifact: Path, baseline: Baseline) -> Table:
+    labels, image = baseline.manifest.labels, min(IMAGES.joinpath(SHOWN).iterdir())
     (row,) = open_artifact(artifact).classify([image], labels, baseline.manifest.templates)
-    return [[labels[i], f"{row[i]:.4f}", "█" * round(float(row[i]) * 30)] for i in row.argsort()[::-1][:5]]
+    rows = [[labels[i], f"{row[i]:.4f}", "█" * round(float(row[i]) * 30)] for i in row.argsort()[::-1][:5]]
+    return Table(f"{SHOWN}/{image.name}, by the int8 artifact", ["label", "score", ""], rows)
