@@ -7,17 +7,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from medge import __version__
 from medge.checkpoint import Checkpoint
 from medge.errors import UsageError
+from medge.progress import Progress, counter
 from medge.quantize.scheme import Scheme
 from medge.samples import list_images, sample_root
-from medge.spec import Variant
-
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total), called as work goes on."""
+from medge.spec import Variant, variant
 
 SETTINGS = {
     "variant": "preprocessing: " + ", ".join(get_args(Variant)),
@@ -57,14 +55,7 @@ class Request:
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
         """A callback that adds up what is done of a stage and reports it."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.on_progress(stage, done, total)
-
-        return advance
+        return counter(self.on_progress, stage, total)
 
     @property
     def layout(self) -> str:
@@ -75,9 +66,7 @@ class Request:
     def variant(self) -> Variant:
         """The preprocessing variant, validated."""
         value = self.settings.get("variant", self.checkpoint.spec.image.variant)
-        if value not in get_args(Variant):
-            raise UsageError(f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}")
-        return cast("Variant", value)
+        return variant(value)
 
     @property
     def parity_samples(self) -> int:

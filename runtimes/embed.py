@@ -75,19 +75,23 @@ class Embedder:
             self._tokenizer = SiglipTokenizer(*self._tokenizer_source)
         return self._tokenizer
 
-    def pixels(self, images: Sequence[ImageLike]) -> FloatArray:
+    def pixels(self, images: Sequence[ImageLike], frame: int = 0) -> FloatArray:
         """(N, 3, S, S) float32 in [-1, 1], by the artifact's preprocessing variant."""
-        return np.stack([preprocess(load_image(image), self.image) for image in images])
+        return np.stack([preprocess(load_image(image, frame), self.image) for image in images])
 
-    def embed_images(self, images: Sequence[ImageLike], on_batch: Callable[[int], None] | None = None) -> FloatArray:
+    def embed_images(
+        self, images: Sequence[ImageLike], on_batch: Callable[[int], None] | None = None, *, frame: int = 0
+    ) -> FloatArray:
         """(N, D), rows of length one. `on_batch(count)` is called after each batch, for progress.
+
+        `frame` picks one of each multi-frame file, from 0.
 
         Raises:
             UsageError: no image, or one that cannot be read.
         """
         if not images:
             raise UsageError("No image given")
-        return self._embed(IMAGE, (self.pixels(batch) for batch in _batches(images, self.batch_size)), on_batch)
+        return self._embed(IMAGE, (self.pixels(batch, frame) for batch in _batches(images, self.batch_size)), on_batch)
 
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """(N, D), rows of length one.

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from medge.errors import UsageError
+
 FloatArray = NDArray[np.float32]
 Variant = Literal["bigvision", "hf", "finetune", "serving"]
 """The four official MedSigLIP preprocessings (Google-Health/medsiglip v1.0.0); see runtimes/preprocess.py."""
+
+
+def variant(value: str) -> Variant:
+    """A preprocessing variant by its name.
+
+    Raises:
+        UsageError: no such variant.
+    """
+    if value not in get_args(Variant):
+        raise UsageError(f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}")
+    return cast("Variant", value)
 
 
 class Frozen(BaseModel):

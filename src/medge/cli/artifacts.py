@@ -48,15 +48,10 @@ def synth(
 ) -> None:
     """Write a seeded random checkpoint: for plumbing, speed and memory, never accuracy."""
     from medge.export.synth import parameters, synthesize
+    from medge.progress import counter
 
     with progress() as report:
-        total, done = parameters(model, size), 0
-
-        def on_tensor(count: int) -> None:
-            nonlocal done
-            done += count
-            report("write weights", done, total)
-
+        on_tensor = counter(report, "write weights", parameters(model, size))
         spec = synthesize(model, size, out, seed=seed, replace=force, on_tensor=on_tensor)
     say(f"{out}: {spec.parameters / 1e6:.1f} M random parameters in {len(spec.tensors)} tensors")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medge.errors import MedgeError, UsageError
+from medge.progress import Progress as Show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,16 +71,8 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, str]:
     return settings
 
 
-class Report(Protocol):
-    """(stage, done, total); total 0 is a stage of unknown length."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show where the work is."""
-        ...
-
-
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[Show]:
     """A progress display on stderr, one bar a stage."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
@@ -106,8 +99,3 @@ def exit_with(error: MedgeError) -> int:
     line = Text.assemble(("error: ", "bold red"), (message + ".", "bold"), f" {remedy}" if remedy else "")
     stderr().print(line, soft_wrap=True)
     return error.exit_code
-
-
-def flat(values: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a two-column table."""
-    return [[key, str(value)] for key, value in values.items()]

@@ -12,7 +12,6 @@ from medge.cli.inference import ArtifactPath, Templates
 
 if TYPE_CHECKING:
     from medge.benchmarks.records import CheckResult, RunRecord
-    from medge.spec import Variant
 
 DataPath = Annotated[Path, typer.Option(help="A folder per class, or a CSV with path and label.")]
 _OVERALL = {
@@ -46,6 +45,7 @@ def capture(
     from medge.benchmarks.baseline import TEMPLATES
     from medge.benchmarks.baseline import capture as run
     from medge.export.hub import resolve
+    from medge.spec import variant as as_variant
 
     with progress() as show:
         baseline = run(
@@ -53,23 +53,12 @@ def capture(
             data,
             out,
             templates=template or TEMPLATES,
-            variant=_variant(variant),
+            variant=None if variant is None else as_variant(variant),
             replace=force,
             progress=lambda done, total: show("reference", done, total),
         )
     manifest = baseline.manifest
     say(f"{out}: {len(manifest.images)} images, {len(manifest.labels)} labels, by {manifest.reference}")
-
-
-def _variant(value: str | None) -> Variant | None:
-    from typing import cast, get_args
-
-    from medge.errors import UsageError
-    from medge.spec import Variant
-
-    if value is not None and value not in get_args(Variant):
-        raise UsageError(f"'{value}' is no preprocessing variant", f"Variants: {', '.join(get_args(Variant))}")
-    return cast("Variant | None", value)
 
 
 def check(
@@ -167,8 +156,9 @@ def report(
     from medge.benchmarks.records import CheckResult, Report, RunRecord
     from medge.benchmarks.report import render
 
-    checks = tuple(CheckResult.load(path) for path in results if _kind(path) == "check")
-    runs = tuple(RunRecord.load(path) for path in results if _kind(path) == "bench")
+    kinds = [(path, _kind(path)) for path in results]
+    checks = tuple(CheckResult.load(path) for path, kind in kinds if kind == "check")
+    runs = tuple(RunRecord.load(path) for path, kind in kinds if kind == "bench")
     render(Report(checks=checks, runs=runs), out)
     say(f"Report: {out.resolve()}")
 

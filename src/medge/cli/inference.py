@@ -10,6 +10,7 @@ import typer
 
 from medge.cli.console import Json, Threads, print_json, print_table, progress, say
 from medge.errors import UsageError
+from medge.progress import counter
 
 if TYPE_CHECKING:
     from medge.runtimes import Embedder
@@ -42,18 +43,8 @@ def _open(artifact: Path, threads: int | None) -> Embedder:
 
 
 def _embed(model: Embedder, images: Sequence[Path], frame: int = 0) -> FloatArray:
-    from medge.runtimes.images import load_image
-
     with progress() as report:
-        done = 0
-
-        def on_batch(count: int) -> None:
-            nonlocal done
-            done += count
-            report("embed images", done, len(images))
-
-        pictures = [load_image(image, frame) for image in images] if frame else images
-        return model.embed_images(pictures, on_batch)
+        return model.embed_images(images, counter(report, "embed images", len(images)), frame=frame)
 
 
 def classify(

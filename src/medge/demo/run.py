@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from medge.checkpoint import Checkpoint
 from medge.demo import IMAGES, MODEL
 from medge.export.pipeline import export
 from medge.export.request import Request
+from medge.progress import Progress
 from medge.quantize.scheme import load
 from medge.runtimes import open as open_artifact
 
-Show = Callable[[str, int, int], None]
 SCHEMES = ("fp32", "int8")
 SHOWN = "chest x-ray"
 """The class of the image that the demo classifies."""
@@ -42,7 +41,7 @@ class Demo:
     tables: tuple[Table, ...]
 
 
-def run(out: Path, show: Show) -> Demo:
+def run(out: Path, show: Progress) -> Demo:
     """Run the demo into `out`; a second run replaces what the first wrote."""
     out.mkdir(parents=True, exist_ok=True)
     baseline = _baseline(out / "baseline", show)
@@ -58,7 +57,7 @@ def run(out: Path, show: Show) -> Demo:
     return Demo(report, (_verdicts(baseline, checks, runs), _scores(out / SCHEMES[-1], baseline)))
 
 
-def _baseline(out: Path, show: Show) -> Baseline:
+def _baseline(out: Path, show: Progress) -> Baseline:
     return capture(MODEL, IMAGES, out, replace=True, progress=lambda done, total: show("reference", done, total))
 
 
