@@ -41,6 +41,6 @@ lock:
 train-demo out="demo-model":
     python -m medge.demo.train --out {{out}}
 
-# full-size seeded weights against peers, ratios in one run: needs the peers extra, a quiet machine, 12 GB of disk
-bench-full dir="full-size":
-    python -m medge.benchmarks.full_size {{dir}}
+# full-size seeded weights, ratios in one run, on a quiet machine: `peers` (needs that extra, 12 GB of disk) or `formats`
+bench-full race="peers" dir="full-size" *rounds:
+    python -m medge.benchmarks.full_size {{race}} {{dir}} {{rounds}}

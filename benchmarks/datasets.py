@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,16 @@ class Dataset:
         """sha256 over the images' bytes and labels, in order. Where the folder lies does not matter."""
         lines = [f"{sha256(item.path)} {'|'.join(item.labels)}" for item in self.items]
         return hashlib.sha256("\n".join([*self.labels, "", *lines]).encode()).hexdigest()
+
+    def first(self, count: int) -> Dataset:
+        """`count` images or all, the labels taken in turn, so that a small part still shows each of them."""
+        queues = [[item for item in self.items if item.labels[:1] == head] for head in self._heads()]
+        turns = (item for turn in zip_longest(*queues) for item in turn if item is not None)
+        chosen = sorted(islice(turns, count), key=self.items.index)
+        return Dataset(self.root, tuple(chosen), tuple(sorted({label for item in chosen for label in item.labels})))
+
+    def _heads(self) -> list[tuple[str, ...]]:
+        return list(dict.fromkeys(item.labels[:1] for item in self.items))
 
 
 def load_dataset(path: str | Path) -> Dataset:

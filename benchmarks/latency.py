@@ -140,7 +140,7 @@ def measure(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     from medge.runtimes import RunOptions
 
     start = time.perf_counter()
-    embedder = runtimes.open(artifact, RunOptions(threads=options.threads))
+    embedder = runtimes.open_embedder(artifact, RunOptions(threads=options.threads))
     parts = Artifact.open(artifact).manifest.parts
     sessions = {name: embedder.session(name) for name in parts}
     samples: dict[str, list[float]] = {"load_seconds": [time.perf_counter() - start]}

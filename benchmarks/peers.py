@@ -112,7 +112,7 @@ def run_openvino(path: Path, threads: int) -> Run:
 def run_medge(artifact: Path, threads: int) -> Run:
     """An artifact's image encoder."""
     from medge.runtimes import RunOptions
-    from medge.runtimes import open as open_artifact
+    from medge.runtimes import open_embedder as open_artifact
 
     session = open_artifact(artifact, RunOptions(threads=threads)).session("image_encoder")
     return lambda pixels: session.run({"pixel_values": pixels})["image_embeds"]

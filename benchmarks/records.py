@@ -229,8 +229,35 @@ class CheckResult(Record):
         return worst(tuple(verdict.outcome for verdict in self.verdicts))
 
 
+class ParityRow(Frozen):
+    """One artifact, or the reference under one preprocessing, beside the reference."""
+
+    name: str
+    runtime: str
+    format: str = ""
+    scheme: str = ""
+    bytes: int | None = None
+    values: dict[str, float | None]
+    """Metrics by their names in the gate; None where undefined."""
+    auc: float | None
+    """Macro one-vs-rest zero-shot AUC."""
+
+
+class ParityMatrix(Record):
+    """Every artifact of one checkpoint against its fp32 reference, on the same images and texts."""
+
+    model: str
+    reference: str
+    variant: str
+    images: int
+    labels: tuple[str, ...]
+    dataset_digest: Sha256
+    rows: tuple[ParityRow, ...]
+
+
 class Report(Record):
     """Everything that one HTML page shows."""
 
+    parity: ParityMatrix | None = None
     checks: tuple[CheckResult, ...] = ()
     runs: tuple[RunRecord, ...] = ()

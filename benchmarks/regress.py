@@ -66,7 +66,7 @@ def check(
 def _open(artifact: Path, options: RunOptions | None) -> Embedder:
     from medge import runtimes
 
-    return runtimes.open(artifact, options)
+    return runtimes.open_embedder(artifact, options)
 
 
 def _same_model(manifest: Manifest, baseline: BaselineManifest) -> None:

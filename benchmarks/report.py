@@ -12,7 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from medge.benchmarks.metrics import BY_NAME, DELTAS
-from medge.benchmarks.records import Case, CheckResult, Curve, Dots, Outcome, Report, RunRecord, Verdict, worst
+from medge.benchmarks.records import (
+    Case,
+    CheckResult,
+    Curve,
+    Dots,
+    Outcome,
+    ParityMatrix,
+    ParityRow,
+    Report,
+    RunRecord,
+    Verdict,
+    worst,
+)
 from medge.errors import UsageError
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -30,7 +42,7 @@ def render(report: Report, out: Path) -> None:
     Raises:
         UsageError: there is nothing to show, or `out` cannot be written.
     """
-    if not report.checks and not report.runs:
+    if not report.checks and not report.runs and report.parity is None:
         raise UsageError("There is nothing to report", "Pass at least one check or benchmark")
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -59,6 +71,7 @@ def page(report: Report) -> str:
         report=report,
         checks=[CheckView(check) for check in report.checks],
         runs=[RunView(run, report.runs) for run in report.runs],
+        parity=ParityView(report.parity) if report.parity else None,
         overall=worst(tuple(check.overall for check in report.checks)),
         words=WORDS,
         version=__version__,
@@ -227,6 +240,21 @@ class RunView:
         medians = [m for m in (r.quantile("image_encoder_seconds", 0.5) for r in runs) if m is not None]
         self.time_share = 100 * (self.median or 0) / max(medians, default=1.0)
         self.size_share = 100 * run.artifact.bytes / max(1, *(r.artifact.bytes for r in runs))
+
+
+class ParityView:
+    """The parity matrix with a bar for each row's distance from the reference, on a logarithmic scale."""
+
+    def __init__(self, matrix: ParityMatrix) -> None:
+        self.matrix = matrix
+        self.metrics = [BY_NAME[name] for name in matrix.rows[0].values]
+        self.labels = _listed(matrix.labels, 12)
+        self.rows = [(row, self._bar(row)) for row in matrix.rows]
+
+    def _bar(self, row: ParityRow) -> float:
+        """Percent of the width for 1 - cosine between 1e-7 and 1."""
+        distance = 1 - (row.values["image_cosine_mean"] or 0.0)
+        return Scale(-7, 0, 0, 100)(float(np.log10(max(1e-7, distance))))
 
 
 def _listed(names: Sequence[str], most: int) -> str:

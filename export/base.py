@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from medge.checkpoint import Checkpoint
 from medge.manifest import Format
+from medge.progress import Progress
 from medge.quantize.calibrate import Range
-from medge.quantize.scheme import Scheme
-from medge.spec import FloatArray, ModelSpec, Part, Weight
+from medge.quantize.scheme import Rule, Scheme
+from medge.runtimes.base import Tensors
+from medge.spec import AnySpec, BuildOptions, FloatArray, Ops, Part, TensorSpec, Weight
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Support:
 
     ok: bool
     reason: str = ""
+    nearest: str = ""
+    """The scheme closest to the one asked for that the format can build."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,23 @@ class PartJob:
     """Calibrated activation ranges by layer, for static schemes."""
     on_tensor: Callable[[int], None] = lambda count: None
     """Called with the number of weights after each tensor is read, for progress."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What the user set, validated (request.SETTINGS)."""
+    tapped: bool = False
+    """Also write the output of each of the part's blocks, for tracing."""
+    on_step: Progress = lambda stage, done, total: None
+    """Progress of long steps that read no weights."""
+    samples: Callable[[int], Iterator[Tensors]] = lambda count: iter(())
+    """Real inputs, a batch of one each, for exporters that calibrate on a graph of their own."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the file gives."""
+        return self.part.signature(tapped=self.tapped)
+
+    def graph(self, ops: Ops[Any], inputs: Mapping[str, Any], options: BuildOptions) -> list[tuple[str, Any]]:
+        """The file's outputs by name, built with a format's operations."""
+        return self.part.graph(ops, inputs, self.read, options, tapped=self.tapped)
 
     def read(self, name: str) -> Weight:
         """The checkpoint's tensor, reporting when it is read."""
@@ -45,6 +66,16 @@ class PartJob:
         return Weight(name, counted)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A part on the disk."""
+
+    files: list[str]
+    """Paths below the artifact's folder, the one to open first first."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What was seen in the file and a user should know: method name, share delegated, which GELU."""
+
+
 class Exporter(Protocol):
     """One file format."""
 
@@ -52,12 +83,20 @@ class Exporter(Protocol):
     extra: str
     """The optional dependency set that it needs."""
 
-    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
+    def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """Whether this part can be built in this scheme."""
         ...
 
-    def write(self, job: PartJob, folder: Path) -> list[str]:
-        """Write the part's files; returns their names, the one to open first."""
+    def stored_bits(self, rule: Rule) -> float:
+        """Bits that a weight of a linear layer takes in the file under a rule, scales counted."""
+        ...
+
+    def write(self, job: PartJob, folder: Path) -> Written:
+        """Write the part's files.
+
+        Raises:
+            UnsupportedError: a weight that the scheme cannot hold in this format.
+        """
         ...
 
     def session(self, scheme: Scheme) -> dict[str, str]:

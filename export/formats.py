@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
-from medge.errors import MissingExtraError, UnsupportedError, UsageError, require
+from medge.errors import MissingExtraError, UnsupportedError, UsageError, require_installed
 from medge.export.base import Exporter, Support
 from medge.manifest import Format
 from medge.quantize.scheme import Scheme, load, names
-from medge.registry import MODELS, family
-from medge.spec import ModelSpec
+from medge.registry import MODELS
+from medge.spec import AnySpec, Part
 
 FORMATS: tuple[str, ...] = get_args(Format)
+
+_EXPORTERS = {
+    "onnx": ("medge.export.onnx", "OnnxExporter", "onnx", "export"),
+    "executorch": ("medge.export.executorch", "ExecutorchExporter", "executorch", "executorch"),
+    "coreml": ("medge.export.coreml", "CoremlExporter", "coremltools", "coreml"),
+    "gguf": ("medge.export.gguf", "GgufExporter", "gguf", "gguf"),
+}
+"""Format -> module, class, the package that it needs, the extra that brings it."""
 
 
 def find(format: str) -> Exporter:
@@ -21,33 +30,31 @@ def find(format: str) -> Exporter:
 
     Raises:
         UsageError: no such format.
-        UnsupportedError: medge knows the format, and has no exporter for it yet.
         MissingExtraError: the format's extra is not installed.
     """
-    if format not in FORMATS:
+    if format not in _EXPORTERS:
         raise UsageError(f"'{format}' is no format", f"Formats: {', '.join(FORMATS)}")
-    if format != "onnx":
-        raise UnsupportedError(_no_exporter(format), "Use --format onnx")
-    require("onnx", "export")
-    from medge.export.onnx import OnnxExporter
-
-    return OnnxExporter()
+    module, name, package, extra = _EXPORTERS[format]
+    require_installed("onnx", "export")  # every format's evidence and parity come through it
+    require_installed(package, extra)
+    return cast("Exporter", getattr(importlib.import_module(module), name)())
 
 
-def _no_exporter(format: str) -> str:
-    return f"medge has no {format} exporter yet"
-
-
-def require_support(exporter: Exporter, spec: ModelSpec, scheme: Scheme) -> None:
+def require_support(exporter: Exporter, spec: AnySpec, scheme: Scheme) -> None:
     """Every part can be built.
 
     Raises:
-        UnsupportedError: one cannot, with its reason.
+        UnsupportedError: one cannot, with its reason and the nearest scheme that can.
     """
     for part in spec.parts:
-        support = exporter.supports(spec, part, scheme)
+        support = exporter.supports(spec, part, scheme) if part.build else _no_graph(part, exporter.format)
         if not support.ok:
-            raise UnsupportedError(support.reason, "See: medge targets")
+            nearest = f"Nearest: --scheme {support.nearest}. " if support.nearest else ""
+            raise UnsupportedError(support.reason, f"{nearest}All: medge targets")
+
+
+def _no_graph(part: Part, format: str) -> Support:
+    return Support(False, f"medge has no {format} graph of this model's {part.name} yet")
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,7 @@ def targets() -> Iterator[Target]:
 
 def _support(model_id: str, format: str, scheme: str) -> Support:
     try:
-        built = family(MODELS[model_id].model_type)
-        require_support(find(format), built.spec(built.configs["full"], id=model_id), load(scheme))
+        require_support(find(format), MODELS[model_id].spec(), load(scheme))
     except (UnsupportedError, MissingExtraError) as error:
         return Support(False, error.message)
     return Support(True)

@@ -50,7 +50,7 @@ def _write(checkpoint: Checkpoint, part: Part, path: Path, rows: int) -> Mapping
     with Graph(path) as graph:
         ops = OnnxOps(graph, Linears(graph, load("int8")), taps={}, tap_rows=rows)
         inputs = {spec.name: spec.name for spec in part.inputs}
-        part.build(ops, inputs, checkpoint.weight, BuildOptions())
+        part.graph(ops, inputs, checkpoint.weight, BuildOptions())
         assert ops.taps is not None  # noqa: S101 - given above
         names = dict.fromkeys(tap for tap, _ in ops.taps.values())
         graph.save(part.name, part.inputs, list(_outputs(names)))

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from medge.export.base import PartJob, Support
+from medge.export.base import PartJob, Support, Written
 from medge.export.onnx_graph import CONTRIB, OPSET, Graph
 from medge.manifest import Format
 from medge.quantize.onnx import SPEED, UNFOLD, Linears
 from medge.quantize.onnx_attention import IntegerAttention
-from medge.quantize.scheme import Scheme
-from medge.spec import BuildOptions, ModelSpec, Part, Weight
+from medge.quantize.scheme import Rule, Scheme
+from medge.spec import AnySpec, BuildOptions, Part, Weight
 
 
 @dataclass
@@ -148,34 +148,62 @@ def _integer_attention(scheme: Scheme, part: Part) -> int | None:
     return part.tokens if scheme.attention == 8 and scheme.activations != "none" and part.tokens >= LONG else None
 
 
+def _gelu(path: Path) -> str:
+    """Which GELU the written file holds."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    forms = (onnx.helper.get_node_attr_value(node, "approximate") for node in nodes if node.op_type == "Gelu")
+    return ", ".join(sorted({form.decode() for form in forms}))
+
+
+def _cannot(rule: Rule, scheme: Scheme) -> Support:
+    """Why ONNX Runtime has no fast kernel for a rule, and the nearest scheme that it has one for."""
+    integer = rule.bits < 16
+    cases = (
+        (rule.method == "kmeans", "ONNX Runtime has no kernel that looks weights up in a palette", "int8"),
+        (rule.method == "nonlinear", "ONNX has no 4-bit type whose levels are uneven", "int4"),
+        (rule.bits in (5, 6), f"ONNX has no {rule.bits}-bit type", "int8"),
+        (integer and not rule.symmetric, "ONNX Runtime's fast int8 kernels take signed weights without offset", "int4"),
+        (
+            integer and scheme.activations == "none",
+            f"{rule.bits}-bit weights under float activations run slower than fp32 in ONNX Runtime",
+            "int8",
+        ),
+        (
+            rule.bits == 8 and rule.block is not None,
+            "ONNX Runtime's 8-bit kernels take one scale an output channel: leave out block",
+            "int8",
+        ),
+    )
+    return next((Support(False, reason, nearest) for holds, reason, nearest in cases if holds), Support(True))
+
+
 class OnnxExporter:
     """Writes image_encoder.onnx, text_encoder.onnx, …, each with its .data file."""
 
     format: Format = "onnx"
     extra = "export"
 
-    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
+    def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """Every family whose parts are written against `Ops`; not weights in integers under float activations."""
-        for rule in scheme.rules:
-            if rule.bits < 16 and scheme.activations == "none":
-                reason = f"{rule.bits}-bit weights under float activations run slower than fp32 in ONNX Runtime"
-                return Support(False, f"{reason}: use activations = 'dynamic'")
-            if rule.bits == 8 and rule.block is not None:
-                return Support(False, "ONNX Runtime's 8-bit kernels take one scale an output channel: leave out block")
-        return Support(True)
+        found = (_cannot(rule, scheme) for rule in reversed(scheme.rules))  # the last rule is for most layers
+        return next((support for support in found if not support.ok), Support(True))
 
-    def write(self, job: PartJob, folder: Path) -> list[str]:
+    def stored_bits(self, rule: Rule) -> float:
+        """A 2-byte scale a block; a scale an output channel is nothing."""
+        return rule.bits + (16 / rule.block if rule.block else 0)
+
+    def write(self, job: PartJob, folder: Path) -> Written:
         """Stream the part into a graph; checked by onnx's own checker before it counts."""
         path = folder / f"{job.part.name}.onnx"
         with Graph(path) as graph:
             linear = Linears(graph, job.scheme, job.ranges)
             ops = OnnxOps(graph, linear, _integer_attention(job.scheme, job.part))
             inputs = {spec.name: spec.name for spec in job.part.inputs}
-            output = job.part.build(ops, inputs, job.read, BuildOptions(mlp_multiple=job.scheme.block))
-            graph.node("Identity", [output], job.part.outputs[0].name)
-            files = graph.save(job.part.name, job.part.inputs, job.part.outputs)
+            for name, value in job.graph(ops, inputs, BuildOptions(mlp_multiple=job.scheme.block)):
+                graph.node("Identity", [value], name)
+            files = graph.save(job.part.name, job.part.inputs, job.outputs)
         onnx.checker.check_model(path, full_check=True)
-        return files
+        return Written(files, {"gelu": _gelu(path)})
 
     def session(self, scheme: Scheme) -> dict[str, str]:
         """4-bit files need their weights unfolded at load; no file gains from a fusion with a slow kernel."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from medge import __version__
-from medge.export import parity
 from medge.export.base import Exporter, PartJob
 from medge.export.card import model_card, notice
-from medge.export.evidence import Evidence, gather
+from medge.export.evidence import Evidence, gather, samples
 from medge.export.formats import find, require_support
+from medge.export.kinds import Kind
+from medge.export.kinds import of as kind_of
 from medge.export.request import Request
 from medge.manifest import (
     MANIFEST,
@@ -27,9 +30,7 @@ from medge.manifest import (
     write_json,
 )
 from medge.registry import licence_of
-from medge.runtimes import open as open_artifact
-from medge.runtimes.tokenizer import SiglipTokenizer
-from medge.samples import list_images, sample_root, sample_texts
+from medge.spec import Part
 from medge.staging import staged
 
 _WORK = ".work"
@@ -50,34 +51,46 @@ def export(request: Request) -> Artifact:
 
         return export_joint(request)
     exporter = find(request.format)
-    spec = request.checkpoint.spec
-    require_support(exporter, spec, request.scheme)
-    SiglipTokenizer(request.checkpoint.tokenizer_file(), spec.tokenizer)  # a bad one: say so before the work, not after
+    kind = kind_of(request)
+    require_support(exporter, request.checkpoint.any_spec, request.scheme)
+    kind.check(request)
     with staged(request.out, replace=request.replace, resume_key=request.key) as folder:
         (folder / _WORK).mkdir(exist_ok=True)
-        _write(request, exporter, folder)
+        _write(request, kind, exporter, folder)
         shutil.rmtree(folder / _WORK)
     return Artifact.open(request.out)
 
 
-def _write(request: Request, exporter: Exporter, folder: Path) -> None:
-    spec = request.checkpoint.spec
-    evidence = gather(request, folder / _WORK)
+def _write(request: Request, kind: Kind, exporter: Exporter, folder: Path) -> None:
+    spec = request.checkpoint.any_spec
+    evidence = gather(replace(request, scheme=kind.scheme(request)), exporter.stored_bits, folder / _WORK)
     advance = request.counter("write weights", spec.parameters)
-    jobs = (
-        PartJob(request.checkpoint, part, evidence.scheme, evidence.ranges.get(part.name, {}), advance)
-        for part in spec.parts
-    )
+    jobs = (part_job(request, part, evidence, advance) for part in spec.parts)
     parts = {job.part.name: _part(exporter, job, folder) for job in jobs}
     request.checkpoint.check_unread()
-    manifest = _manifest(request, exporter, evidence, parts, _texts(request, folder))
+    manifest = _manifest(request, kind, exporter, evidence, parts, _texts(request, kind, folder))
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     if request.parity_samples:
-        manifest = _with_parity(request, manifest, folder)
+        manifest = manifest.model_copy(update={"parity": kind.parity(request, folder)})
     (folder / "README.md").write_text(model_card(manifest, request.scheme.title), encoding="utf-8")
     card = describe(folder, "README.md")
     manifest = manifest.model_copy(update={"files": (*manifest.files, card)})
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def part_job(request: Request, part: Part, evidence: Evidence, on_tensor: Callable[[int], None]) -> PartJob:
+    """What an exporter is told of one part."""
+    return PartJob(
+        request.checkpoint,
+        part,
+        evidence.scheme,
+        evidence.ranges.get(part.name, {}),
+        on_tensor,
+        settings=request.settings,
+        tapped=request.tapped,
+        on_step=request.on_progress,
+        samples=partial(samples, request, part),
+    )
 
 
 def _part(exporter: Exporter, job: PartJob, folder: Path) -> PartFiles:
@@ -86,10 +99,11 @@ def _part(exporter: Exporter, job: PartJob, folder: Path) -> PartFiles:
     finished = _finished(note, folder)
     if finished is not None:
         return finished
-    files = tuple(describe(folder, name) for name in exporter.write(job, folder))
-    written = PartFiles(files=files, inputs=job.part.inputs, outputs=job.part.outputs)
-    write_json(note, written.model_dump(mode="json"))
-    return written
+    written = exporter.write(job, folder)
+    files = tuple(describe(folder, name) for name in written.files)
+    part = PartFiles(files=files, inputs=job.part.inputs, outputs=job.outputs, facts=written.facts)
+    write_json(note, part.model_dump(mode="json"))
+    return part
 
 
 def _finished(note: Path, folder: Path) -> PartFiles | None:
@@ -101,19 +115,18 @@ def _finished(note: Path, folder: Path) -> PartFiles | None:
     return found if whole else None
 
 
-def _texts(request: Request, folder: Path) -> list[File]:
+def _texts(request: Request, kind: Kind, folder: Path) -> list[File]:
     """The files that no part owns, but for the model card, which reports on all others."""
-    source = request.checkpoint.tokenizer_file()
-    shutil.copyfile(source, folder / source.name)
+    names = kind.files(request, folder)
     shutil.copyfile(request.checkpoint.root / "config.json", folder / "config.json")
-    (folder / "NOTICE").write_text(notice(licence_of(request.checkpoint.spec)), encoding="utf-8")
-    return [describe(folder, name) for name in (source.name, "config.json", "NOTICE")]
+    (folder / "NOTICE").write_text(notice(licence_of(request.checkpoint.any_spec)), encoding="utf-8")
+    return [describe(folder, name) for name in (*names, "config.json", "NOTICE")]
 
 
 def _manifest(
-    request: Request, exporter: Exporter, evidence: Evidence, parts: dict[str, PartFiles], files: list[File]
+    request: Request, kind: Kind, exporter: Exporter, evidence: Evidence, parts: dict[str, PartFiles], files: list[File]
 ) -> Manifest:
-    spec = request.checkpoint.spec
+    spec = request.checkpoint.any_spec
     return Manifest(
         schema_version=SCHEMA_VERSION,
         source=Source(
@@ -129,24 +142,8 @@ def _manifest(
         settings=dict(request.settings),
         parts=parts,
         files=tuple(files),
-        image=spec.image.model_copy(update={"variant": request.variant}),
-        tokenizer=spec.tokenizer,
-        scalars=request.checkpoint.scalars(),
         session=exporter.session(evidence.scheme),
         layers=evidence.layers,
         tools=exporter.tools() | {"medge": __version__},
+        **kind.fields(request),
     )
-
-
-def _with_parity(request: Request, manifest: Manifest, folder: Path) -> Manifest:
-    count = request.parity_samples
-    inputs = parity.Inputs(list_images(sample_root(), count), sample_texts(count))
-    on_part = partial(_report_parity, request)
-    expected = parity.expected(request.checkpoint, inputs, request.variant, partial(on_part, "reference"))
-    found = parity.measure(open_artifact(folder), expected, inputs, partial(on_part, "parity"))
-    parity.judge(found, request.scheme)
-    return manifest.model_copy(update={"parity": found})
-
-
-def _report_parity(request: Request, stage: str, part: str) -> None:
-    request.on_progress(f"{stage} {part}", 0, 0)

@@ -15,15 +15,35 @@ from medge.errors import UsageError
 from medge.progress import Progress, counter
 from medge.quantize.scheme import Scheme
 from medge.samples import list_images, sample_root
-from medge.spec import Variant, variant
+from medge.spec import ModelSpec, Task, Variant, variant
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `--set` of medge export."""
+
+    help: str
+    values: tuple[str, ...] = ()
+    """What it may be, the default first; empty: checked where it is used."""
+    format: str = ""
+    """The one format that it is for; empty: all."""
+    task: Task | None = None
+    """The one kind of model that it is for; None: all."""
+
 
 SETTINGS = {
-    "variant": "preprocessing: " + ", ".join(get_args(Variant)),
-    "parity": "how many sample images and prompts to compare on, or off",
-    "calibration": "a folder of your own images for calibration and sensitivity",
-    "layout": "split (one graph a tower) or optimum (the joint graph of optimum's exporter)",
+    "variant": Setting("preprocessing: " + ", ".join(get_args(Variant)), task="embed"),
+    "parity": Setting("how many sample images and prompts to compare on, or off"),
+    "calibration": Setting("a folder of your own images for calibration and sensitivity", task="embed"),
+    "layout": Setting(
+        "split (one graph a tower) or optimum (the joint graph of optimum's exporter)", ("split", "optimum"), "onnx"
+    ),
+    "fallback": Setting(
+        "error or allow: whether a heavy operation may stay outside XNNPACK", ("error", "allow"), "executorch"
+    ),
+    "target": Setting("the oldest system to run on, ios18 or ios17", ("ios18", "ios17"), "coreml"),
+    "input": Setting("array (a float tensor) or image (RGB pixels, scaled inside)", ("array", "image"), "coreml"),
 }
-LAYOUTS = ("split", "optimum")
 PARITY_SAMPLES = 4
 PARITY_SAMPLES_LARGE = 2
 """From LARGE parameters on, where one image through the fp32 reference costs as much as the export itself."""
@@ -40,18 +60,30 @@ class Request:
     out: Path
     settings: Mapping[str, str] = field(default_factory=dict)
     replace: bool = False
+    tapped: bool = False
+    """Also write the output of every block, for tracing (parity = off: an Embedder takes one output)."""
     on_progress: Progress = lambda stage, done, total: None
 
     def __post_init__(self) -> None:
-        for name in self.settings:
-            if name not in SETTINGS:
-                known = "; ".join(f"{key}: {text}" for key, text in SETTINGS.items())
-                raise UsageError(f"'{name}' is no setting of medge export", f"Settings: {known}")
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"layout={self.layout} is none of: {', '.join(LAYOUTS)}")
-        _ = self.variant, self.parity_samples  # say now what would be wrong after minutes of work
+        for name, value in self.settings.items():
+            self._check(name, value)
+        if isinstance(self.checkpoint.any_spec, ModelSpec):
+            _ = self.variant  # say now what would be wrong after minutes of work
+        _ = self.parity_samples
         if self.checkpoint.root.resolve().is_relative_to(self.out.resolve()):
             raise UsageError(f"{self.out} holds the checkpoint itself", "Name another folder")
+
+    def _check(self, name: str, value: str) -> None:
+        if name not in SETTINGS:
+            known = "; ".join(f"{key}: {one.help}" for key, one in SETTINGS.items())
+            raise UsageError(f"'{name}' is no setting of medge export", f"Settings: {known}")
+        setting = SETTINGS[name]
+        if setting.format not in ("", self.format):
+            raise UsageError(f"'{name}' is a setting of {setting.format}, not of {self.format}", "Leave it out")
+        if setting.task not in (None, self.checkpoint.any_spec.task):
+            raise UsageError(f"'{name}' is no setting of a chat model", "Leave it out")
+        if setting.values and value not in setting.values:
+            raise UsageError(f"{name}={value} is none of: {', '.join(setting.values)}")
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
         """A callback that adds up what is done of a stage and reports it."""
@@ -77,7 +109,7 @@ class Request:
         return 0 if value == "off" else int(value)
 
     def _default_parity_samples(self) -> int:
-        return PARITY_SAMPLES if self.checkpoint.spec.parameters < LARGE else PARITY_SAMPLES_LARGE
+        return PARITY_SAMPLES if self.checkpoint.any_spec.parameters < LARGE else PARITY_SAMPLES_LARGE
 
     def calibration_images(self, count: int) -> list[Path]:
         """Images for calibration and sensitivity: the user's folder, or those that ship with medge.
@@ -98,7 +130,7 @@ class Request:
         lines = [
             self.checkpoint.sha256,
             self.scheme.digest,
-            self.format,
+            f"{self.format} {self.tapped}",
             json.dumps(settings, sort_keys=True),
         ]
         return hashlib.sha256("\n".join([*lines, __version__]).encode()).hexdigest()

@@ -9,22 +9,23 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medge.errors import UnsupportedError, UsageError
+from medge.errors import UsageError
+from medge.export import synth_chat
 from medge.manifest import write_json
 from medge.registry import FAMILIES, find
-from medge.spec import FloatArray, ModelSpec
+from medge.spec import AnySpec, ChatSpec, FloatArray, ModelSpec
 from medge.staging import staged
-from medge.tensorfile import shard, write
+from medge.tensorfile import DType, shard, write_chunks
 
-SHARD_BYTES = 2_000_000_000
-TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+SHARD_BYTES = 2_500_000_000
+SIZES = ("tiny", "full")
 _PREPROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
     "processor_class": "SiglipProcessor",
@@ -46,23 +47,26 @@ def synthesize(
     seed: int = 0,
     replace: bool = False,
     on_tensor: Callable[[int], None] = lambda count: None,
-) -> ModelSpec:
+) -> AnySpec:
     """Write a random checkpoint; `on_tensor(parameters)` is called after each tensor, for a progress bar.
 
     Raises:
         UsageError: an unknown model or size, or `out` exists.
-        UnsupportedError: medge has no such architecture yet.
     """
     spec = _spec(model_id, size)
-
-    def produce(name: str) -> FloatArray:
-        value = tensor(name, spec.tensors[name], seed, depth=_depth(spec))
-        on_tensor(value.size)
-        return value
-
     with staged(out, replace=replace) as folder:
-        _write_weights(folder, spec, produce)
-        _write_files(folder, spec)
+        if isinstance(spec, ChatSpec):
+            _write_weights(folder, spec, "BF16", synth_chat.Noise(seed, spec.tensors, on_tensor))
+            synth_chat.write_files(folder, spec)
+            _copy_tokenizer("gemma_tokenizer", folder)
+        else:
+            assert isinstance(spec, ModelSpec)  # noqa: S101 - there are two kinds
+            _write_weights(folder, spec, "F32", _Normal(spec, seed, on_tensor))
+            _write_files(folder, spec)
+        (folder / "README.md").write_text(
+            f"Seeded random weights in the layout of {json.dumps(spec.id)}, written by `medge synth`: no trained "
+            "model.\n"
+        )
     return spec
 
 
@@ -71,18 +75,25 @@ def parameters(model_id: str, size: str) -> int:
     return _spec(model_id, size).parameters
 
 
-def _spec(model_id: str, size: str) -> ModelSpec:
+def _spec(model_id: str, size: str) -> AnySpec:
     model = find(model_id)
-    if model.model_type not in FAMILIES:
-        raise UnsupportedError(f"medge has no {model.model_type} architecture yet, so no synthetic '{model_id}'")
+    if size not in SIZES:
+        raise UsageError(f"'{size}' is no size", f"Sizes: {', '.join(SIZES)}")
     family = FAMILIES[model.model_type]
-    if size not in family.configs:
-        raise UsageError(f"'{size}' is no size", f"Sizes: {', '.join(family.configs)}")
-    return family.spec(family.configs[size], id=f"{model_id}-{size}")
+    return family.spec(family.tiny if size == "tiny" else model.config, id=f"{model_id}-{size}")
 
 
-def _depth(spec: ModelSpec) -> int:
-    return int(spec.config["vision_config"]["num_hidden_layers"])
+class _Normal:
+    """Normal weights, each tensor from the seed and its own name: small models, a generator's whole quality."""
+
+    def __init__(self, spec: ModelSpec, seed: int, on_tensor: Callable[[int], None]) -> None:
+        self._spec, self._seed, self._on_tensor = spec, seed, on_tensor
+        self._depth = int(spec.config["vision_config"]["num_hidden_layers"])
+
+    def __call__(self, name: str) -> Iterable[FloatArray]:
+        value = tensor(name, self._spec.tensors[name], self._seed, self._depth)
+        yield value
+        self._on_tensor(value.size)
 
 
 def tensor(name: str, shape: tuple[int, ...], seed: int, depth: int) -> FloatArray:
@@ -113,13 +124,15 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
     return 0.0, gain * math.prod(shape[1:]) ** -0.5
 
 
-def _write_weights(folder: Path, spec: ModelSpec, produce: Callable[[str], FloatArray]) -> None:
-    shards = list(shard(spec.tensors, SHARD_BYTES))
+def _write_weights(
+    folder: Path, spec: AnySpec, dtype: DType, produce: Callable[[str], Iterable[np.ndarray[Any, Any]]]
+) -> None:
+    shards = list(shard(spec.tensors, SHARD_BYTES, 4 if dtype == "F32" else 2))
     weight_map: dict[str, str] = {}
     total = 0
     for i, tensors in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        total += write(folder / name, tensors, produce)
+        total += write_chunks(folder / name, tensors, dtype, produce)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -131,9 +144,12 @@ def _write_files(folder: Path, spec: ModelSpec) -> None:
     write_json(folder / "config.json", config)
     size = {"height": spec.image.size, "width": spec.image.size}
     write_json(folder / "preprocessor_config.json", _PREPROCESSOR | {"size": size})
-    with as_file(files("medge.models") / "siglip_tokenizer") as tokenizer:
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer / name, folder / name)
-    (folder / "README.md").write_text(
-        f"Seeded random weights in the layout of {json.dumps(spec.id)}, written by `medge synth`: no trained model.\n"
-    )
+    _copy_tokenizer("siglip_tokenizer", folder)
+
+
+def _copy_tokenizer(name: str, folder: Path) -> None:
+    """The files of a tokenizer that ships with medge."""
+    with as_file(files("medge.models") / name) as tokenizer:
+        for path in sorted(tokenizer.iterdir()):
+            if path.suffix in (".json", ".model", ".jinja"):
+                shutil.copyfile(path, folder / path.name)

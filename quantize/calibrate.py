@@ -108,10 +108,13 @@ def _pad_columns(x: FloatArray, multiple: int) -> FloatArray:
     return np.pad(x, [(0, 0), (0, -x.shape[1] % multiple)])
 
 
-def spend(measured: list[Sensitivity], budget: Budget) -> frozenset[str]:
-    """The layers that get the higher width: most error removed a bit first, until the budget is spent."""
+def spend(measured: list[Sensitivity], budget: Budget, costs: Mapping[int, float]) -> frozenset[str]:
+    """The layers that get the higher width: most error removed a bit first, until the budget is spent.
+
+    `costs` is what a weight takes in the target's file at each width, scales counted.
+    """
     total = sum(one.weights for one in measured)
-    room = (budget.mean_bits - budget.low) * total / (budget.high - budget.low)
+    room = (budget.mean_bits - costs[budget.low]) * total / (costs[budget.high] - costs[budget.low])
     chosen = set()
     gain = {one.layer: (one.errors[budget.low] - one.errors[budget.high]) / one.weights for one in measured}
     for one in sorted(measured, key=lambda one: gain[one.layer], reverse=True):

@@ -27,11 +27,22 @@ class Rule(Frozen):
     """How the layers whose whole name matches a regular expression are stored."""
 
     match: str
-    bits: Literal[32, 16, 8, 4]
+    bits: Literal[32, 16, 8, 6, 5, 4]
     block: int | None = Field(default=None, ge=16, le=256)
     """Input columns that share one scale; None: one scale an output channel."""
-    method: Literal["absmax", "mse"] = "absmax"
-    """How a scale is chosen: from the largest weight, or by the least squared error over a grid."""
+    symmetric: bool = True
+    """Whether zero is the middle of the levels; else each block has an offset beside its scale."""
+    bfloat: bool = False
+    """For 16 bits: bfloat16, which has float32's range, in place of float16, which has more of its digits."""
+    method: Literal["absmax", "mse", "kmeans", "nonlinear", "superblock"] = "absmax"
+    """How levels are chosen: evenly, by the largest weight or the least squared error over a grid; as a palette of
+    k-means centres; unevenly, denser around zero, scaled by the least squared error; or in blocks whose scales and
+    offsets are quantized too, a super-block of 256 at a time."""
+    depth: Literal["all", "sensitive"] = "all"
+    """`sensitive`: only in the first and last eighth of the layers and every third between, where llama.cpp's mixes
+    spend more bits. See `Scheme.for_layers`."""
+    group: int | None = Field(default=None, ge=1)
+    """Output channels that share one palette (kmeans); None: the whole tensor."""
 
     @field_validator("match")
     @classmethod
@@ -41,6 +52,18 @@ class Rule(Frozen):
         except re.error as error:
             raise ValueError(f"'{value}' is no regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if self.group is not None and self.method != "kmeans":
+            raise ValueError("only palettes (method = 'kmeans') have a group")
+        if self.method == "kmeans" and (self.block is not None or self.bits > 8):
+            raise ValueError("palettes have at most 8 bits, and no block")
+        if self.bits >= 16 and (self.block is not None or not self.symmetric):
+            raise ValueError("floats have neither blocks nor offsets")
+        if self.bfloat and self.bits != 16:
+            raise ValueError("only 16 bits can be bfloat")
+        return self
 
 
 class Calibration(Frozen):
@@ -58,8 +81,8 @@ class Budget(Frozen):
 
     low: Literal[4] = 4
     high: Literal[8] = 8
-    mean_bits: float = Field(gt=4, lt=8)
-    """The size budget: mean bits a weight over those layers, scales not counted."""
+    mean_bits: float = Field(gt=4, lt=9)
+    """The size budget: mean bits a weight over those layers, as the format stores them, scales counted."""
     samples: int = Field(default=8, gt=0)
 
 
@@ -104,6 +127,10 @@ class Scheme(Frozen):
         """Identity of what the scheme says."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+    def for_layers(self, count: int) -> Scheme:
+        """The scheme for a model of `count` layers: rules for sensitive layers name them."""
+        return self.model_copy(update={"rules": tuple(_spelled(rule, count) for rule in self.rules)})
+
     def with_high_layers(self, layers: frozenset[str]) -> Scheme:
         """The scheme after a budget was spent: `layers` keep the higher width, as rules in front."""
         assert self.budget is not None  # noqa: S101 - only called by who spent it
@@ -111,10 +138,22 @@ class Scheme(Frozen):
         return self.model_copy(update={"rules": high + self.rules, "budget": None})
 
 
+def _spelled(rule: Rule, count: int) -> Rule:
+    if rule.depth == "all":
+        return rule
+    eighth = count // 8
+    chosen = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
+    numbers = "|".join(map(str, chosen))
+    return rule.model_copy(update={"match": rf"(?=.*\.layers\.(?:{numbers})\.){rule.match}", "depth": "all"})
+
+
 @cache
 def names() -> tuple[str, ...]:
     """The schemes that come with medge, from the most exact to the smallest."""
-    order = ("fp32", "fp16", "int8", "int8-static", "int4-mixed", "int4")
+    order = (
+        *("fp32", "fp16", "int8", "int8-static", "palette6", "int5"),
+        *("int4-mixed", "int4", "int4-affine", "int4-nl", "palette4"),
+    )
     found = {path.stem for path in _FOLDER.glob("*.toml")}
     return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
 

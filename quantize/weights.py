@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from medge.errors import UnsupportedError
 from medge.spec import FloatArray
 
-Method = Literal["absmax", "mse"]
+Method = Literal["absmax", "mse", "kmeans", "nonlinear", "superblock"]
+"""A rule's methods; only the first two have even levels, and so integers and scales."""
 _GRID = np.linspace(1.0, 0.8, 5, dtype=np.float32)
 """Shrinkings of the scale that the mse method tries: clipping one outlier may serve the rest."""
 
@@ -44,11 +45,13 @@ def quantize(weight: FloatArray, bits: int, block: int | None = None, method: Me
     before the weights are, so that they can be stored in 2 bytes without a further error.
 
     Raises:
-        UnsupportedError: the block does not divide the row; pad it (BuildOptions.mlp_multiple). Or a weight is
-            so large that float16 cannot hold its block's scale.
+        UnsupportedError: a method of uneven levels; a block that does not divide the row (pad it,
+            BuildOptions.mlp_multiple); or a weight so large that float16 cannot hold its block's scale.
     """
     out, inp = weight.shape
     width = block or inp
+    if method not in ("absmax", "mse"):
+        raise UnsupportedError(f"Method '{method}' has no integers and scales", "Use absmax or mse")
     if inp % width:
         raise UnsupportedError(f"Blocks of {width} do not divide rows of {inp}", "Zero-pad the layer first")
     groups = weight.reshape(out, inp // width, width)

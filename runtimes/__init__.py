@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-from medge.errors import CorruptError, MissingExtraError, UnsupportedError
-from medge.manifest import Artifact
+from medge.errors import CorruptError, UnsupportedError, require_installed
+from medge.manifest import Artifact, Format
 from medge.runtimes.base import Backend, RunOptions
 from medge.runtimes.embed import IMAGE, SCALARS, Embedder
+from medge.runtimes.generate import Generator
 
-__all__ = ["Embedder", "RunOptions", "open"]
+__all__ = ["Embedder", "Generator", "RunOptions", "open", "open_embedder", "open_generator"]
 
 
-def open(path: str | Path, options: RunOptions | None = None) -> Embedder:
-    """Open an artifact folder of any format.
+def open(path: str | Path, options: RunOptions | None = None) -> Embedder | Generator:
+    """Open an artifact folder of any format: an Embedder of a dual encoder, a Generator of a chat model.
 
     Raises:
         UsageError: no artifact there.
@@ -22,10 +25,21 @@ def open(path: str | Path, options: RunOptions | None = None) -> Embedder:
         UnsupportedError: a model or layout that this medge cannot run.
         MissingExtraError: the format's runtime is not installed.
     """
+    if Artifact.open(path).manifest.task == "generate":
+        return open_generator(path, options)
+    return open_embedder(path, options)
+
+
+def open_embedder(path: str | Path, options: RunOptions | None = None) -> Embedder:
+    """Open an artifact of a dual encoder.
+
+    Raises:
+        UsageError, CorruptError, UnsupportedError, MissingExtraError: as from `open`; it is a chat model.
+    """
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     if manifest.image is None or manifest.tokenizer is None:
-        raise UnsupportedError(f"{path} holds a '{manifest.task}' model, which this medge cannot run yet")
+        raise UnsupportedError(f"{path} is a chat model", "Use: medge generate")
     if IMAGE not in manifest.parts:
         raise UnsupportedError(
             f"{path} holds the graph of another tool ({', '.join(manifest.parts)})",
@@ -45,11 +59,33 @@ def open(path: str | Path, options: RunOptions | None = None) -> Embedder:
     )
 
 
-def _backend(format: str) -> Backend:
-    if format == "onnx":
-        from medge.runtimes.onnx_backend import OnnxBackend
+def open_generator(path: str | Path, options: RunOptions | None = None) -> Generator:
+    """Open an artifact of a chat model.
 
-        return OnnxBackend()
-    if format in ("executorch", "coreml", "gguf"):
-        raise MissingExtraError(f"This medge runs no {format} artifacts yet", "Export the model with --format onnx")
-    raise UnsupportedError(f"'{format}' is no format that medge knows")
+    Raises:
+        UsageError, CorruptError, UnsupportedError, MissingExtraError: as from `open`; it is no chat model.
+    """
+    artifact = Artifact.open(path)
+    if artifact.manifest.task != "generate":
+        raise UnsupportedError(f"{path} is no chat model", "Use: medge classify, medge embed")
+    if artifact.manifest.format != "gguf":
+        raise UnsupportedError(f"This medge runs no chat models in {artifact.manifest.format} yet", "Use --format gguf")
+    require_installed("llama_cpp", "gguf")
+    from medge.runtimes.llama_backend import LlamaGenerator
+
+    return LlamaGenerator(artifact, options or RunOptions())
+
+
+_BACKENDS = {
+    "onnx": ("medge.runtimes.onnx_backend", "OnnxBackend", "onnxruntime", ""),
+    "executorch": ("medge.runtimes.executorch_backend", "ExecutorchBackend", "executorch", "executorch"),
+    "coreml": ("medge.runtimes.coreml_backend", "CoremlBackend", "coremltools", "coreml"),
+    "gguf": ("medge.runtimes.gguf_backend", "GgufBackend", "llama_cpp", "gguf"),
+}
+"""Format -> module, class, the package that it needs, the extra that brings it."""
+
+
+def _backend(format: Format) -> Backend:
+    module, name, package, extra = _BACKENDS[format]
+    require_installed(package, extra)
+    return cast("Backend", getattr(importlib.import_module(module), name)())

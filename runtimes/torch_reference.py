@@ -6,6 +6,7 @@ its own size and no copy.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ def open_reference(
         MissingExtraError: torch or transformers is not installed.
         UsageError: cuda was asked for and there is none.
     """
-    require("transformers", "export")
     torch = require("torch", "export")
+    # transformers imports torchao where it is installed, and torchao's import makes torch log a deprecation.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    require("transformers", "export")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -152,7 +152,7 @@ def index(weight_map: Any) -> Callable[[Path], object]:
         pytest.param(lambda r: edit_config(r, vision_config__hidden_act="gelu"), CorruptError, "hidden_act",
                      id="another activation"),
         pytest.param(lambda r: edit_config(r, vision_config=None), CorruptError, "vision_config", id="no tower"),
-        pytest.param(lambda r: edit_config(r, model_type="gemma3"), UnsupportedError, "gemma3", id="another model"),
+        pytest.param(lambda r: edit_config(r, model_type="gemma4"), UnsupportedError, "gemma4", id="another model"),
         pytest.param(lambda r: edit_config(r, model_type=["siglip"]), UnsupportedError, "reads no", id="type a list"),
     ],
 )  # fmt: skip

@@ -33,7 +33,7 @@ def test_the_libraries_are_links_to_the_top_level(name: str) -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert set(medge.__all__) == {"__version__", "open"}
+    assert set(medge.__all__) == {"__version__", "open", "open_embedder", "open_generator"}
     from medge.runtimes import open as opener
 
     assert medge.open is opener

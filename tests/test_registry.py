@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medge.errors import UnsupportedError, UsageError
-from medge.models import siglip
+from medge.models import gemma3, siglip
 from medge.registry import FAMILIES, HAI_DEF, MODELS, family, find, licence_of, spec_of
 
 
@@ -21,7 +21,7 @@ def test_an_unknown_model_lists_the_known() -> None:
         find("medsiglip")
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "", "None"])
+@pytest.mark.parametrize("model_type", ["gemma4", "", "None"])
 def test_an_unknown_family_lists_the_known(model_type: str) -> None:
     with pytest.raises(UnsupportedError, match="It reads: siglip"):
         family(model_type)
@@ -40,8 +40,16 @@ def test_any_other_keeps_its_own_name_and_licence() -> None:
     assert licence_of(spec) == "as the source checkpoint"
 
 
-def test_every_family_has_both_sizes() -> None:
+def test_configs_are_of_their_family() -> None:
     for name, built in FAMILIES.items():
-        assert built.configs.keys() == {"tiny", "full"}
-        for config in built.configs.values():
-            assert config["model_type"] == name
+        assert built.tiny["model_type"] == name
+        assert built.spec(built.tiny, id="x").parameters < 10_000_000
+    for model in MODELS.values():
+        assert model.config["model_type"] == model.model_type
+        assert model.spec().hub_id == model.hub_id
+
+
+@pytest.mark.parametrize("name", ["medgemma-4b-it", "medgemma-1.5-4b-it", "elsewhere"])
+def test_two_models_of_one_shape_are_told_apart_by_name(name: str) -> None:
+    expected = name if name in MODELS else "medgemma-4b-it"
+    assert spec_of(gemma3.CONFIG_4B, name).id == expected

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medge.errors import CorruptError
-from medge.tensorfile import read_header, shard, write
+from medge.tensorfile import read_header, shard, write, write_chunks
 
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -137,3 +137,16 @@ def test_shards_keep_order_and_limit(sizes: list[int], limit: int) -> None:
     assert [name for part in parts for name in part] == list(tensors)
     for part in parts:
         assert len(part) == 1 or 4 * sum(shape[0] for shape in part.values()) <= limit
+
+
+def test_a_tensor_is_written_in_pieces_and_read_by_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    value = torch.randn(10, 6).to(torch.bfloat16)
+    raw = value.view(torch.uint16).numpy()
+    path = tmp_path / "x.safetensors"
+    assert write_chunks(path, {"x": (10, 6)}, "BF16", lambda name: (raw[:7], raw[7:])) == 120
+    entry = read_header(path)["x"]
+    np.testing.assert_array_equal(entry.rows(3, 9), value[3:9].float().numpy())
+    np.testing.assert_array_equal(entry.read(), value.float().numpy())
+    with pytest.raises(AssertionError):
+        write_chunks(path, {"x": (10, 6)}, "BF16", lambda name: (raw[:7],))

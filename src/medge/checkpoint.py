@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from medge.errors import CorruptError, UsageError, WeightsError
+from medge.errors import CorruptError, UnsupportedError, UsageError, WeightsError
 from medge.manifest import sha256
-from medge.registry import spec_of
-from medge.spec import FloatArray, ModelSpec, Weight
+from medge.registry import family, spec_of
+from medge.spec import AnySpec, ChatSpec, FloatArray, ModelSpec, Weight
 from medge.tensorfile import Entry, read_header
 
 _INDEX = "model.safetensors.index.json"
@@ -23,9 +24,10 @@ _INDEX = "model.safetensors.index.json"
 class Checkpoint:
     """Weights that are proven complete before anyone reads them: every tensor there, none surplus, all shaped."""
 
-    def __init__(self, root: Path, spec: ModelSpec, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, root: Path, any_spec: AnySpec, entries: Mapping[str, Entry]) -> None:
         self.root = root
-        self.spec = spec
+        self.any_spec = any_spec
+        """Its shape, of whichever kind; `spec` and `chat_spec` are for who needs one kind."""
         self.entries = entries
         self._sound: set[str] = set()
 
@@ -39,10 +41,35 @@ class Checkpoint:
             CorruptError: truncated, surplus, misshapen, or an invalid config.
         """
         root = Path(root)
-        spec = spec_of(_read_json(root / "config.json"), root.resolve().name)
-        entries = {name: entry for path in _shards(root) for name, entry in read_header(path).items()}
+        config = _read_json(root / "config.json")
+        spec, built = spec_of(config, root.resolve().name), family(str(config["model_type"]))
+        found = (entry for path in _shards(root) for entry in read_header(path).items())
+        named = ((built.canonical(name), entry) for name, entry in found)
+        entries = {name: entry for name, entry in named if name not in built.tied}
         _account(root, spec, entries)
         return cls(root, spec, entries)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The dual encoder that it is.
+
+        Raises:
+            UnsupportedError: it is none.
+        """
+        if not isinstance(self.any_spec, ModelSpec):
+            raise UnsupportedError(f"{self.root} is a chat model", "This needs a dual encoder, such as MedSigLIP")
+        return self.any_spec
+
+    @property
+    def chat_spec(self) -> ChatSpec:
+        """The chat model that it is.
+
+        Raises:
+            UnsupportedError: it is none.
+        """
+        if not isinstance(self.any_spec, ChatSpec):
+            raise UnsupportedError(f"{self.root} is no chat model", "This needs one, such as MedGemma")
+        return self.any_spec
 
     def read(self, name: str) -> FloatArray:
         """One tensor as float32.
@@ -50,13 +77,26 @@ class Checkpoint:
         Raises:
             CorruptError: it holds NaN or infinity.
         """
-        value = self.entries[name].read()
+        value = self._finite(name, self.entries[name].read())
+        self._sound.add(name)
+        return value
+
+    def raw_rows(self, name: str, step: int) -> Iterator[NDArray[Any]]:
+        """One matrix, `step` rows at a time: some are larger than the memory that an export may take.
+
+        float32, or the bits of bfloat16 as uint16. Whoever quantizes them refuses what is not finite.
+        """
+        entry = self.entries[name]
+        for start in range(0, entry.shape[0], step):
+            yield entry.raw_rows(start, min(start + step, entry.shape[0]))
+        self._sound.add(name)
+
+    def _finite(self, name: str, value: FloatArray) -> FloatArray:
         # A sum is finite only if every addend is, and needs no temporary of the tensor's size.
         with np.errstate(over="ignore", invalid="ignore"):
             finite = np.isfinite(value.sum(dtype=np.float64))
         if not finite:
             raise CorruptError(f"'{name}' in {self.entries[name].path} holds NaN or infinity", "Use a sound checkpoint")
-        self._sound.add(name)
         return value
 
     def check_unread(self) -> None:
@@ -120,7 +160,7 @@ def _shards(root: Path) -> Iterable[Path]:
         yield path
 
 
-def _account(root: Path, spec: ModelSpec, entries: Mapping[str, Entry]) -> None:
+def _account(root: Path, spec: AnySpec, entries: Mapping[str, Entry]) -> None:
     missing = [name for name in spec.tensors if name not in entries]
     surplus = [name for name in entries if name not in spec.tensors]
     if missing:

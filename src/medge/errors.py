@@ -64,10 +64,22 @@ def require(module: str, extra: str) -> ModuleType:
     Raises:
         MissingExtraError: the module is not installed, or its installation is broken.
     """
-    remedy = f"Run: pip install 'medge[{extra}]'"
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise MissingExtraError(f"'{module}' is not installed", remedy)
+    require_installed(module, extra)
     try:
         return importlib.import_module(module)
     except ImportError as error:  # a namespace package's other half is missing, or a library that it links to
-        raise MissingExtraError(f"'{module}' cannot be imported: {error}", remedy) from error
+        raise MissingExtraError(f"'{module}' cannot be imported: {error}", _install(extra)) from error
+
+
+def require_installed(module: str, extra: str) -> None:
+    """Say which extra brings a module, without the seconds that importing it may take.
+
+    Raises:
+        MissingExtraError: the module is not installed.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise MissingExtraError(f"'{module}' is not installed", _install(extra))
+
+
+def _install(extra: str) -> str:
+    return f"Run: pip install 'medge[{extra}]'"

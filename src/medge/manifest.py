@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
 from medge.errors import CorruptError, UsageError
-from medge.spec import Frozen, ImageSpec, TensorSpec, TokenizerSpec
+from medge.spec import ChatFormat, Frozen, ImageSpec, Task, TensorSpec, TokenizerSpec
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -54,6 +54,8 @@ class PartFiles(Frozen):
     files: tuple[File, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    facts: dict[str, str] = {}
+    """What the exporter saw in the files: method name, share delegated, which GELU."""
 
 
 class Source(Frozen):
@@ -84,7 +86,7 @@ class Manifest(Frozen):
     schema_version: int
     source: Source
     licence: str
-    task: Literal["embed", "generate"]
+    task: Task
     format: Format
     scheme: str
     settings: dict[str, str] = {}
@@ -93,6 +95,7 @@ class Manifest(Frozen):
     """Everything that no part owns: tokenizer, model card, NOTICE, config.json."""
     image: ImageSpec | None = None
     tokenizer: TokenizerSpec | None = None
+    chat: ChatFormat | None = None
     scalars: dict[str, FiniteFloat] = {}
     session: dict[str, str] = {}
     """Settings that the runtime's session needs to run this artifact as measured."""

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from medge.errors import CorruptError, UnsupportedError, UsageError
-from medge.models import siglip
-from medge.spec import ModelSpec
+from medge.models import gemma3, siglip
+from medge.spec import AnySpec
 
 HAI_DEF_TERMS = "https://developers.google.com/health-ai-developer-foundations/terms"
 HAI_DEF_NOTICE = (
@@ -22,11 +22,15 @@ HAI_DEF = "HAI-DEF"
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: how a config.json becomes a ModelSpec."""
+    """One architecture: how a config.json becomes a spec."""
 
-    spec: Callable[..., ModelSpec]
-    configs: Mapping[str, Mapping[str, Any]]
-    """"tiny" and "full" configs for `medge synth`."""
+    spec: Callable[..., AnySpec]
+    tiny: Mapping[str, Any]
+    """A config for tests."""
+    canonical: Callable[[str], str] = lambda name: name
+    """A tensor's name as the spec has it; several writers name them differently."""
+    tied: frozenset[str] = frozenset()
+    """Tensors that some writers repeat: copies of another, by their canonical names."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,29 @@ class Model:
     hub_id: str
     revision: str
     model_type: str
+    config: Mapping[str, Any]
+    """Its config.json, in the keys that matter."""
     licence: str = HAI_DEF
+
+    def spec(self) -> AnySpec:
+        """Its spec."""
+        return FAMILIES[self.model_type].spec(self.config, id=self.id, hub_id=self.hub_id, revision=self.revision)
 
 
 FAMILIES: dict[str, Family] = {
-    "siglip": Family(siglip.spec, {"full": siglip.FULL, "tiny": siglip.TINY}),
+    "siglip": Family(siglip.spec, siglip.TINY),
+    "gemma3": Family(gemma3.spec, gemma3.TINY, gemma3.canonical, frozenset({"lm_head.weight", gemma3.TIED_HEAD})),
+    "gemma3_text": Family(gemma3.text_spec, gemma3.TINY_TEXT, tied=frozenset({"lm_head.weight"})),
 }
 
 MODELS: dict[str, Model] = {
     model.id: model
     for model in (
-        Model("medsiglip-448", "google/medsiglip-448", "main", "siglip"),
-        Model("medgemma-4b-it", "google/medgemma-4b-it", "main", "gemma3"),
-        Model("medgemma-1.5-4b-it", "google/medgemma-1.5-4b-it", "main", "gemma3"),
-        Model("medgemma-27b-it", "google/medgemma-27b-it", "main", "gemma3"),
-        Model("medgemma-27b-text-it", "google/medgemma-27b-text-it", "main", "gemma3_text"),
+        Model("medsiglip-448", "google/medsiglip-448", "main", "siglip", siglip.FULL),
+        Model("medgemma-4b-it", "google/medgemma-4b-it", "main", "gemma3", gemma3.CONFIG_4B),
+        Model("medgemma-1.5-4b-it", "google/medgemma-1.5-4b-it", "main", "gemma3", gemma3.CONFIG_4B),
+        Model("medgemma-27b-it", "google/medgemma-27b-it", "main", "gemma3", gemma3.CONFIG_27B),
+        Model("medgemma-27b-text-it", "google/medgemma-27b-text-it", "main", "gemma3_text", gemma3.CONFIG_27B_TEXT),
     )
 }
 
@@ -78,8 +90,8 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:
-    """The ModelSpec of a config.json, under its published id when its tensors are those of that model.
+def spec_of(config: Mapping[str, Any], name: str) -> AnySpec:
+    """The spec of a config.json, under its published id when its tensors are those of that model.
 
     Raises:
         UnsupportedError: an unknown architecture.
@@ -88,23 +100,22 @@ def spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:
     built = family(str(config.get("model_type")))
     try:
         spec = built.spec(config, id=name)
-        published = next((m for m in MODELS.values() if _same(built, m, spec)), None)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptError(f"config.json of '{name}' is invalid at '{where}': {first['msg']}") from None
-    if published is None:
+    published = [model for model in MODELS.values() if _same(built, model, spec)]
+    if not published:
         return spec
-    return built.spec(config, id=published.id, hub_id=published.hub_id, revision=published.revision)
+    named = next((model for model in published if model.id == name), published[0])  # 4B and 1.5 4B have one shape
+    return built.spec(config, id=named.id, hub_id=named.hub_id, revision=named.revision)
 
 
-def _same(built: Family, model: Model, spec: ModelSpec) -> bool:
+def _same(built: Family, model: Model, spec: AnySpec) -> bool:
     """Whether a checkpoint has the published model's tensors, and so its id and licence."""
-    if FAMILIES.get(model.model_type) is not built:
-        return False
-    return dict(built.spec(built.configs["full"], id=model.id).tensors) == dict(spec.tensors)
+    return FAMILIES[model.model_type] is built and dict(model.spec().tensors) == dict(spec.tensors)
 
 
-def licence_of(spec: ModelSpec) -> str:
+def licence_of(spec: AnySpec) -> str:
     """The licence that a model's derivatives carry; a user's own checkpoint carries his own."""
     return MODELS[spec.id].licence if spec.id in MODELS else "as the source checkpoint"

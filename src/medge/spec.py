@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,25 @@ class TokenizerSpec(Frozen):
     length: int = Field(default=64, gt=0, le=65536)
     pad_id: int = 1
     eos_id: int = 1
+
+
+class ChatFormat(Frozen):
+    """How a conversation becomes tokens. Token strings, since every runtime looks its ids up by itself."""
+
+    template: str = "chat_template.jinja"
+    """The checkpoint's own chat template, a file of the artifact."""
+    bos: str = "<bos>"
+    stop: tuple[str, ...] = ("<end_of_turn>", "<eos>")
+    """Tokens that end a turn."""
+    image_begin: str = "<start_of_image>"
+    image_end: str = "<end_of_image>"
+    image_tokens: int = Field(default=256, gt=0)
+    """Tokens that an image becomes."""
+    context: int = Field(gt=0)
+    """Tokens that the model was made for."""
+
+
+Task = Literal["embed", "generate"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,23 @@ class Ops(Protocol[Value]):
         ...
 
 
+class Watched:
+    """An `Ops` that remembers what each operation gave, by its place."""
+
+    def __init__(self, ops: Ops[Any]) -> None:
+        self._ops = ops
+        self.values: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._run, getattr(self._ops, name))
+
+    def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        value = operation(*arguments)
+        if isinstance(arguments[-1], str):  # every operation ends in `at`, but for `linears`
+            self.values[arguments[-1]] = value
+        return value
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """Exact rewrites that a format may ask of the architecture."""
@@ -156,27 +193,46 @@ class Part:
     outputs: tuple[TensorSpec, ...]
     tokens: int
     """How many tokens attend to each other: what decides how attention is best computed."""
-    build: Callable[[Ops[Any], Mapping[str, Any], Read, BuildOptions], Any]
-    """build(ops, inputs by name, checkpoint, options) -> the part's single output value."""
+    build: Callable[[Ops[Any], Mapping[str, Any], Read, BuildOptions], Any] | None = None
+    """build(ops, inputs by name, checkpoint, options) -> the part's single output value. None: the graph is the
+    runtime's own (llama.cpp knows Gemma 3), and the file holds weights alone."""
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    """Where to look inside, in order: an operation's `at` -> the checkpoint's module whose output it is."""
+
+    def graph(
+        self, ops: Ops[Any], inputs: Mapping[str, Any], read: Read, options: BuildOptions, *, tapped: bool = False
+    ) -> list[tuple[str, Any]]:
+        """The part's output by name and, when tapped, the output of each of its blocks: tap_0, tap_1, …"""
+        assert self.build is not None, self.name  # noqa: S101 - formats.require_support refused such a part
+        watched = Watched(ops)
+        output = self.build(cast("Ops[Any]", watched), inputs, read, options)
+        outputs = [(self.outputs[0].name, output)]
+        if tapped:
+            outputs += [(f"tap_{i}", watched.values[at]) for i, at in enumerate(self.blocks)]
+        return outputs
+
+    def signature(self, *, tapped: bool = False) -> tuple[TensorSpec, ...]:
+        """The tensors that `graph` gives."""
+        taps = (
+            TensorSpec(name=f"tap_{i}", dtype="float32", shape=("batch", "tokens", "width"))
+            for i in range(len(self.blocks))
+        )
+        return (*self.outputs, *taps) if tapped else self.outputs
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class AnySpec:
     """One checkpoint's shape: everything that does not depend on format or scheme."""
 
     id: str
     hub_id: str
     revision: str
-    task: Literal["embed", "generate"]
     parts: tuple[Part, ...]
     tensors: Mapping[str, tuple[int, ...]]
     """Every tensor that the checkpoint must hold, and no other."""
-    image: ImageSpec
-    tokenizer: TokenizerSpec
     config: Mapping[str, Any]
     """The Hugging Face config.json."""
-    scalars: Mapping[str, str]
-    """Manifest scalar name -> checkpoint tensor: what scoring needs (SigLIP's logit scale and bias)."""
+    task: ClassVar[Task]
 
     @property
     def parameters(self) -> int:
@@ -186,3 +242,23 @@ class ModelSpec:
     def part(self, name: str) -> Part:
         """The part of that name."""
         return next(part for part in self.parts if part.name == name)
+
+
+@dataclass(frozen=True)
+class ModelSpec(AnySpec):
+    """A dual encoder: images and texts to embeddings."""
+
+    image: ImageSpec
+    tokenizer: TokenizerSpec
+    scalars: Mapping[str, str]
+    """Manifest scalar name -> checkpoint tensor: what scoring needs (SigLIP's logit scale and bias)."""
+    task: ClassVar[Task] = "embed"
+
+
+@dataclass(frozen=True)
+class ChatSpec(AnySpec):
+    """A chat model: messages, with images where it has an image tower, to text."""
+
+    image: ImageSpec | None
+    chat: ChatFormat
+    task: ClassVar[Task] = "generate"

@@ -11,17 +11,20 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medge.errors import CorruptError
 from medge.spec import FloatArray
 
 _MAX_HEADER = 100_000_000  # the reference implementation's own limit
+DType = Literal["F32", "BF16"]
+"""What medge writes."""
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -41,11 +44,33 @@ class Entry:
         Raises:
             CorruptError: the file ends early (it shrank after its header was read).
         """
-        count = math.prod(self.shape)
-        raw = np.fromfile(self.path, _numpy_dtype(self.dtype), count, offset=self.start)
+        return self.rows(0, self.shape[0]) if self.shape else self._read(0, 1).reshape(())
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Rows `start` to `stop` of the first axis as float32: a part of a tensor too large to hold.
+
+        Raises:
+            CorruptError: the file ends early.
+        """
+        width = math.prod(self.shape[1:])
+        return self._read(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
+
+    def raw_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """As `rows`, but bfloat16 stays as its bits, uint16: half the memory for who can use them."""
+        if self.dtype != "BF16":
+            return self.rows(start, stop)
+        width = math.prod(self.shape[1:])
+        return self._raw(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
+
+    def _read(self, first: int, count: int) -> FloatArray:
+        return _to_float32(self._raw(first, count), self.dtype)
+
+    def _raw(self, first: int, count: int) -> NDArray[Any]:
+        offset = self.start + first * _ITEMSIZE[self.dtype]
+        raw = np.fromfile(self.path, _numpy_dtype(self.dtype), count, offset=offset)
         if raw.size != count:
             raise CorruptError(f"{self.path} ends inside '{self.name}'", "Download or copy it again")
-        return _to_float32(raw, self.dtype).reshape(self.shape)
+        return raw
 
 
 def _numpy_dtype(dtype: str) -> str:
@@ -104,28 +129,45 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
 
 def write(path: Path, tensors: Mapping[str, tuple[int, ...]], produce: Callable[[str], FloatArray]) -> int:
     """Write float32 tensors one by one, asking `produce(name)` for each when its turn comes. Returns bytes."""
+
+    def chunks(name: str) -> Iterator[FloatArray]:
+        value = np.asarray(produce(name), "<f4", order="C")
+        assert value.shape == tensors[name], (name, value.shape)  # noqa: S101 - our own producer
+        yield value
+
+    return write_chunks(path, tensors, "F32", chunks)
+
+
+def write_chunks(
+    path: Path,
+    tensors: Mapping[str, tuple[int, ...]],
+    dtype: DType,
+    produce: Callable[[str], Iterable[np.ndarray[Any, Any]]],
+) -> int:
+    """Write tensors of any size: `produce(name)` gives one's raw little-endian values piece by piece. Returns bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + _ITEMSIZE[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
         for name, shape in tensors.items():
-            value = np.asarray(produce(name), "<f4", order="C")
-            assert value.shape == shape, (name, value.shape, shape)  # noqa: S101 - our own producer
-            stream.write(value.data)
+            written = sum(stream.write(piece.data) for piece in produce(name))
+            assert written == _ITEMSIZE[dtype] * math.prod(shape), (name, written, shape)  # noqa: S101 - as above
     return end
 
 
-def shard(tensors: Mapping[str, tuple[int, ...]], limit: int) -> Iterable[dict[str, tuple[int, ...]]]:
-    """Split an ordered set of float32 tensors into files of at most `limit` bytes (one tensor at least)."""
+def shard(
+    tensors: Mapping[str, tuple[int, ...]], limit: int, itemsize: int = 4
+) -> Iterable[dict[str, tuple[int, ...]]]:
+    """Split an ordered set of tensors into files of at most `limit` bytes (one tensor at least)."""
     part: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, shape in tensors.items():
-        count = 4 * math.prod(shape)
+        count = itemsize * math.prod(shape)
         if part and size + count > limit:
             yield part
             part, size = {}, 0

@@ -55,11 +55,12 @@ def reference(checkpoint: Path) -> Reference:
 
 @pytest.fixture
 def run_export(checkpoint: Path, tmp_path: Path) -> Callable[..., Artifact]:
-    """`run_export("int8", parity="4")` -> the artifact; root, out and replace as options."""
+    """`run_export("int8", parity="4")` -> the artifact; format, root, out and replace as options."""
 
     def run(
         scheme: str | Scheme = "fp32",
         *,
+        format: str = "onnx",
         root: Path = checkpoint,
         out: Path = tmp_path / "out",
         replace: bool = False,
@@ -67,6 +68,6 @@ def run_export(checkpoint: Path, tmp_path: Path) -> Callable[..., Artifact]:
     ) -> Artifact:
         found = load(scheme) if isinstance(scheme, str) else scheme
         settings = {"parity": "off", **settings}
-        return export(Request(Checkpoint.open(root), "onnx", found, out, settings, replace))
+        return export(Request(Checkpoint.open(root), format, found, out, settings, replace))
 
     return run

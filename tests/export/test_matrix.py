@@ -16,22 +16,28 @@ import pytest
 import medge
 from medge.export.formats import Target, targets
 from medge.export.parity import centred_cosine
+from medge.export.synth import synthesize
 from medge.manifest import Artifact
-from medge.registry import FAMILIES, MODELS
 from medge.spec import FloatArray
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "targets.json"
 TARGETS = list(targets())
 BUILDABLE = [target for target in TARGETS if target.support.ok]
+REFUSED = [t for t in TARGETS if not t.support.ok and (t.model == "medsiglip-448" or t.scheme == "int8")]
 Cli = Callable[..., tuple[int, str, str]]
 
 BOUNDS = {
     "fp32": (0.999999, 0.999999),
-    "fp16": (0.99999, 0.99999),
+    "fp16": (0.99999, 0.9999),
     "int8": (0.99, 0.97),
-    "int8-static": (0.99, 0.96),
+    "int8-static": (0.99, 0.95),
+    "palette6": (0.99, 0.97),
+    "int5": (0.97, 0.90),
     "int4-mixed": (0.95, 0.65),
     "int4": (0.86, 0.55),
+    "int4-affine": (0.86, 0.55),
+    "int4-nl": (0.86, 0.55),
+    "palette4": (0.86, 0.55),
 }
 """Least cosine and centred cosine to transformers in fp32. The tiny model's short rows make 4 bits coarse."""
 
@@ -57,7 +63,7 @@ def test_every_empty_cell_has_a_reason() -> None:
 
 def check(found: FloatArray, expected: FloatArray, scheme: str) -> None:
     if scheme == "fp32":  # exact enough to tell one GELU from the other, and one epsilon
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
     least, least_centred = BOUNDS[scheme]
     assert np.sum(found * expected, axis=1).min() >= least
     assert centred_cosine(found, expected).min() >= least_centred
@@ -67,22 +73,23 @@ def check(found: FloatArray, expected: FloatArray, scheme: str) -> None:
 def test_what_can_be_built_is_built_and_keeps_its_parity(
     target: Target, reference: Any, run_export: Callable[..., Artifact]
 ) -> None:
-    assert (target.model, target.format) == ("medsiglip-448", "onnx")  # a new one needs its reference here
-    artifact = run_export(target.scheme)
+    assert target.model == "medsiglip-448"  # a new one needs its reference here
+    artifact = run_export(target.scheme, format=target.format)
+    assert all(part.facts["gelu"] == "tanh" for part in artifact.manifest.parts.values())
     assert len(list(artifact.verify())) >= 6
-    model = medge.open(artifact.root)
+    model = medge.open_embedder(artifact.root)
     check(model.embed_images(reference.images), reference.image_embeddings, target.scheme)
     check(model.embed_texts(reference.texts), reference.text_embeddings, target.scheme)
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if not t.support.ok and t.scheme == "int8"], ids=name)
+@pytest.mark.parametrize("target", REFUSED, ids=name)
 def test_what_cannot_be_built_is_refused_with_the_cell_s_reason(
-    target: Target, checkpoint: Path, own_checkpoint: Path, cli: Cli, tmp_path: Path
+    target: Target, checkpoint: Path, cli: Cli, tmp_path: Path
 ) -> None:
     source = checkpoint
-    if (model_type := MODELS[target.model].model_type) not in FAMILIES:
-        (own_checkpoint / "config.json").write_text(json.dumps({"model_type": model_type}))
-        source = own_checkpoint
+    if target.model != "medsiglip-448":
+        source = tmp_path / "checkpoint"
+        synthesize(target.model, "tiny", source)
     code, _, err = cli("export", source, "--format", target.format, "--scheme", target.scheme, "-o", tmp_path / "out")
     assert code == 3
     assert err.startswith(f"error: {target.support.reason}. ")

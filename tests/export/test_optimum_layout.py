@@ -12,7 +12,7 @@ import pytest
 
 from medge.errors import UnsupportedError
 from medge.manifest import Artifact
-from medge.runtimes import open as open_artifact
+from medge.runtimes import open_embedder as open_artifact
 from medge.runtimes.base import normalize
 
 pytest.importorskip("optimum.onnxruntime")

@@ -21,6 +21,7 @@ from medge.quantize.calibrate import (
 from medge.quantize.scheme import Budget, Calibration
 from medge.spec import FloatArray, Weight
 
+PLAIN = {4: 4.0, 8: 8.0}
 FINITE = st.floats(-1e4, 1e4, width=32)
 
 
@@ -97,13 +98,20 @@ def test_a_budget_is_never_overspent(sizes: list[int], mean: float, seed: int) -
     measured = [
         Sensitivity(str(i), n, {4: float(e), 8: 0.0}) for i, (n, e) in enumerate(zip(sizes, errors, strict=True))
     ]
-    high = spend(measured, Budget(mean_bits=mean))
+    high = spend(measured, Budget(mean_bits=mean), PLAIN)
     bits = sum(one.weights * (8 if one.layer in high else 4) for one in measured)
     assert bits <= mean * sum(sizes) + 1e-6
 
 
 def test_a_budget_goes_where_a_bit_helps_most() -> None:
     measured = [Sensitivity(name, 100, {4: error, 8: 0.0}) for name, error in (("a", 0.1), ("b", 0.9), ("c", 0.5))]
-    assert spend(measured, Budget(mean_bits=6.7)) == {"b", "c"}
-    assert spend(measured, Budget(mean_bits=5.4)) == {"b"}
-    assert spend([], Budget(mean_bits=5)) == frozenset()
+    assert spend(measured, Budget(mean_bits=6.7), PLAIN) == {"b", "c"}
+    assert spend(measured, Budget(mean_bits=5.4), PLAIN) == {"b"}
+    assert spend([], Budget(mean_bits=5), PLAIN) == frozenset()
+
+
+def test_a_budget_knows_what_its_target_stores() -> None:
+    measured = [Sensitivity(str(i), 100, {4: 1 / (i + 1), 8: 0.0}) for i in range(10)]
+    onnx, ggml = {4: 4.5, 8: 8.0}, {4: 4.5, 8: 8.5}
+    counts = [len(spend(measured, Budget(mean_bits=6.3), costs)) for costs in (PLAIN, onnx, ggml)]
+    assert counts == [5, 5, 4]

@@ -20,8 +20,18 @@ def test_every_scheme_loads_under_its_own_name(name: str) -> None:
     assert scheme.rule("anything at all")
 
 
-def test_the_issue_s_six_are_there_from_exact_to_small() -> None:
-    assert names() == ("fp32", "fp16", "int8", "int8-static", "int4-mixed", "int4")
+def test_the_schemes_are_there_from_exact_to_small() -> None:
+    floats, eight = ("fp32", "fp16"), ("int8", "int8-static")
+    assert names() == (*floats, *eight, "palette6", "int5", "int4-mixed", "int4", "int4-affine", "int4-nl", "palette4")
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(34, [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29, 30]), (6, [2, 5])])
+def test_sensitive_layers_are_those_of_llama_cpp(count: int, chosen: list[int]) -> None:
+    rules = (Rule(match=r".*\.down_proj", bits=6, method="superblock", depth="sensitive"), Rule(match=".*", bits=4))
+    scheme = Scheme(name="x", title="", activations="none", rules=rules).for_layers(count)
+    found = [i for i in range(count) if scheme.rule(f"model.layers.{i}.mlp.down_proj").bits == 6]
+    assert found[: len(chosen)] == chosen
+    assert scheme.rule("model.layers.0.mlp.up_proj").bits == 4
 
 
 def test_the_first_rule_that_matches_the_whole_name_wins() -> None:
@@ -56,6 +66,9 @@ def test_a_user_s_own_file(tmp_path: Path) -> None:
         pytest.param(GOOD.replace("dynamic", "static"), "need each other", id="static without calibration"),
         pytest.param(GOOD + "[calibration]\n", "need each other", id="calibration without static"),
         pytest.param(GOOD + "[budget]\nmean_bits = 9\n", "mean_bits", id="budget beyond its widths"),
+        pytest.param(GOOD.replace("bits = 8", "bits = 8, group = 32"), "only palettes", id="group without palette"),
+        pytest.param(GOOD.replace("bits = 8", 'bits = 4, method = "kmeans", block = 32'), "no block", id="palette"),
+        pytest.param(GOOD.replace("bits = 8", "bits = 16, symmetric = false"), "floats have", id="float offset"),
     ],
 )  # fmt: skip
 def test_an_invalid_file_is_one_line_with_its_place(text: str, message: str, tmp_path: Path) -> None:

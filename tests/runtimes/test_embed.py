@@ -153,7 +153,7 @@ def test_normalize_gives_length_one_or_zero(rows: list[list[float]]) -> None:
 
 
 def test_open_takes_every_kind_of_image(artifact: Path, images: list[Any], tmp_path: Path) -> None:
-    model = medge.open(artifact, RunOptions(threads=1))
+    model = medge.open_embedder(artifact, RunOptions(threads=1))
     path = tmp_path / "x.png"
     PIL.Image.fromarray(images[0]).save(path)
     kinds: list[Any] = [path, str(path), path.read_bytes(), PIL.Image.fromarray(images[0]), images[0]]
@@ -166,7 +166,10 @@ def test_the_torch_reference_and_the_artifact_are_one_model(
     artifact: Path, checkpoint: Path, images: list[Any]
 ) -> None:
     pytest.importorskip("torch")
-    reference, model = open_reference(checkpoint, device="cpu", options=RunOptions(threads=1)), medge.open(artifact)
+    reference, model = (
+        open_reference(checkpoint, device="cpu", options=RunOptions(threads=1)),
+        medge.open_embedder(artifact),
+    )
     assert reference.name.endswith(" cpu fp32")
     np.testing.assert_allclose(model.embed_images(images), reference.embed_images(images), atol=1e-5)
     texts = ["a chest x-ray", "", "x" * 500, "ünïcödé ☃"]
@@ -190,9 +193,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda m: m["tokenizer"].update(file="../spiece.model"), CorruptError, "accounts for no"),
         (lambda m: m["tokenizer"].update(file="/etc/passwd"), CorruptError, "accounts for no"),
         (lambda m: m["scalars"].clear(), CorruptError, "lacks the scalars logit_scale, logit_bias"),
-        (lambda m: m.update(image=None), UnsupportedError, "cannot run yet"),
-        (lambda m: m.update(format="executorch"), MissingExtraError, "no executorch artifacts yet"),
-        (lambda m: m.update(format="gguf"), MissingExtraError, "no gguf artifacts yet"),
+        (lambda m: m.update(image=None, tokenizer=None), UnsupportedError, "is a chat model"),
     ],
 )
 def test_a_manifest_that_cannot_be_run(change: Change, kind: type[Exception], message: str, own_artifact: Path) -> None:
@@ -201,4 +202,19 @@ def test_a_manifest_that_cannot_be_run(change: Change, kind: type[Exception], me
     change(document)
     path.write_text(json.dumps(document))
     with pytest.raises(kind, match=message):
-        medge.open(own_artifact)
+        medge.open_embedder(own_artifact)
+
+
+@pytest.mark.parametrize(
+    ("format", "package"), [("executorch", "executorch"), ("gguf", "llama_cpp"), ("coreml", "coremltools")]
+)
+def test_a_missing_extra_is_named(
+    format: str, package: str, own_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own_artifact / MANIFEST
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"format": format}))
+    monkeypatch.setattr("medge.errors.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=f"'{package}' is not installed") as caught:
+        medge.open_embedder(own_artifact)
+    assert f"medge[{format}]" in caught.value.remedy

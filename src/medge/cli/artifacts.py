@@ -91,6 +91,8 @@ def export(
         print_json({"artifact": str(out), "digest": artifact.digest, "bytes": artifact.bytes, "manifest": manifest})
         return
     print_table(f"{out}", ["part", "MB", "cosine mean", "cosine min", "centred min"], _part_rows(manifest), numeric=1)
+    for name, part in manifest["parts"].items():
+        say(f"{name}: " + "; ".join(f"{fact} {value}" for fact, value in part["facts"].items()))
 
 
 def _part_rows(manifest: dict[str, Any]) -> list[list[str]]:

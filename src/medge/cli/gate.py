@@ -11,7 +11,7 @@ from medge.cli.console import Force, Json, Threads, print_json, print_table, pro
 from medge.cli.inference import ArtifactPath, Templates
 
 if TYPE_CHECKING:
-    from medge.benchmarks.records import CheckResult, RunRecord
+    from medge.benchmarks.records import CheckResult, ParityMatrix, RunRecord
 
 DataPath = Annotated[Path, typer.Option(help="A folder per class, or a CSV with path and label.")]
 _OVERALL = {
@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
     baseline.command()(capture)
     baseline.callback()(lambda: None)  # keeps `capture` a sub-command while it is the only one
     app.add_typer(baseline, name="baseline")
-    for verb in (check, bench, report):
+    for verb in (check, parity, bench, report):
         app.command()(verb)
 
 
@@ -108,6 +108,85 @@ def print_check(result: CheckResult) -> None:
         rows.append([v.metric, number(v.value, v.metric), interval, number(v.limit, v.metric), v.outcome])
     print_table(title, ["metric", "value", "95 % interval", "limit", "verdict"], rows)
     say(_OVERALL[result.overall])
+
+
+def parity(
+    model: Annotated[str, typer.Argument(help="A model id, or a checkpoint folder.")],
+    artifacts: Annotated[list[Path] | None, typer.Argument(metavar="[ARTIFACT…]", help="Artifacts of it.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled images; default: those that ship with medge.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Use that many images, the labels in turn.")] = None,
+    variants: Annotated[bool, typer.Option("--variants", help="Also compare the four preprocessings.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Find the first block that diverges, instead.")] = False,
+    report: ReportPath = None,
+    json: Json = False,
+) -> None:
+    """Every artifact of one checkpoint beside its fp32 reference: cosines, agreement, AUC."""
+    from medge.benchmarks.parity_matrix import parity_matrix
+    from medge.benchmarks.records import Report
+    from medge.benchmarks.report import render
+    from medge.export.hub import resolve
+    from medge.samples import sample_root
+
+    if trace:
+        _trace(model, artifacts or [], json=json)
+        return
+    with progress() as show:
+        found = parity_matrix(
+            resolve(model).root,
+            artifacts or [],
+            data or sample_root(),
+            count=count,
+            variants=variants,
+            progress=show,
+        )
+    if report is not None:
+        render(Report(parity=found), report)
+    print_json(found.model_dump(mode="json")) if json else print_parity(found)
+    if report is not None:
+        say(f"Report: {report.resolve()}")
+
+
+def print_parity(found: ParityMatrix) -> None:
+    """The matrix as a table."""
+    from medge.benchmarks.report import number, size
+
+    metrics = list(found.rows[0].values)
+    rows = []
+    for row in found.rows:
+        auc = "–" if row.auc is None else f"{row.auc:.4f}"
+        rows.append([row.name, size(row.bytes), *(number(row.values[m], m) for m in metrics), auc])
+    title = f"{found.model} against {found.reference}: {found.images} images, {len(found.labels)} labels"
+    print_table(title, ["", "size", *(name.replace("_", " ") for name in metrics), "auc"], rows, numeric=1)
+    for runtime in dict.fromkeys(row.runtime for row in found.rows):
+        say(f"{', '.join(row.name for row in found.rows if row.runtime == runtime)}: {runtime}")
+
+
+def _trace(model: str, artifacts: list[Path], *, json: bool) -> None:
+    from dataclasses import asdict
+
+    from medge.errors import UsageError
+    from medge.export.hub import resolve
+    from medge.export.trace import first_divergence
+    from medge.export.trace import trace as run
+    from medge.manifest import Artifact
+
+    if len(artifacts) != 1:
+        raise UsageError("--trace looks into one artifact", "Name exactly one")
+    with progress() as show:
+        blocks = run(resolve(model), Artifact.open(artifacts[0]), progress=show)
+    first = first_divergence(blocks)
+    if json:
+        print_json({"blocks": [asdict(block) for block in blocks], "first": asdict(first) if first else None})
+        return
+    most = max(block.error for block in blocks) or 1.0
+    rows = []
+    for block in blocks:
+        bar = "█" * round(20 * block.error / most)
+        rows.append(
+            [block.module, f"{block.cosine:.6f}", f"{block.error:.2e}", bar, "diverges" if block.diverges else ""]
+        )
+    print_table(f"{artifacts[0]}, block by block", ["output of", "cosine", "relative error", "", ""], rows)
+    say(f"First to diverge: {first.module}" if first else "No block diverges beyond what the scheme may cost")
 
 
 def bench(

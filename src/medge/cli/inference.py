@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 def _open(artifact: Path, threads: int | None) -> Embedder:
     from medge.runtimes import RunOptions
-    from medge.runtimes import open as open_artifact
+    from medge.runtimes import open_embedder as open_artifact
 
     return open_artifact(artifact, RunOptions(threads=threads))
 

@@ -77,14 +77,11 @@ def _cuda() -> str:
 
 def _fits(ram_gib: float) -> list[tuple[str, str, str, str]]:
     """Jobs by the memory that their weights take: measured factors, docs/performance.md."""
-    from medge.registry import FAMILIES, MODELS
+    from medge.registry import MODELS
 
     rows = []
     for model in MODELS.values():
-        if model.model_type not in FAMILIES:
-            continue
-        family = FAMILIES[model.model_type]
-        billions = family.spec(family.configs["full"], id=model.id).parameters / 1e9
+        billions = model.spec().parameters / 1e9
         for job, factor in (("reference, fp32", 4.6), ("export", 1.0), ("run fp32", 5.0), ("run int8", 1.4)):
             need = billions * factor * 1e9 / 2**30
             rows.append((model.id, job, f"{need:.1f} GiB", "yes" if need < ram_gib * 0.8 else "no"))

@@ -16,7 +16,7 @@ from medge.export.pipeline import export
 from medge.export.request import Request
 from medge.progress import Progress
 from medge.quantize.scheme import load
-from medge.runtimes import open as open_artifact
+from medge.runtimes import open_embedder as open_artifact
 
 SCHEMES = ("fp32", "int8")
 SHOWN = "chest x-ray"

@@ -244,7 +244,8 @@ def _encoder_shapes(tower: str, config: TowerConfig) -> Iterator[tuple[str, tupl
         yield from _mlp_shapes(f"{at}.mlp", config)
 
 
-def _vision_shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def vision_shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The image tower's tensors, pooling head included."""
     d, at = config.hidden_size, "vision_model.embeddings"
     yield f"{at}.patch_embedding.weight", (d, config.num_channels, config.patch_size, config.patch_size)
     yield f"{at}.patch_embedding.bias", (d,)
@@ -271,7 +272,16 @@ def _text_shapes(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def tensors(config: SiglipConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, with its shape, in the order of the file."""
     scalars = {"logit_scale": (1,), "logit_bias": (1,)}
-    return scalars | dict(_text_shapes(config.text_config)) | dict(_vision_shapes(config.vision_config))
+    return scalars | dict(_text_shapes(config.text_config)) | dict(vision_shapes(config.vision_config))
+
+
+def _blocks(tower: str, config: TowerConfig) -> dict[str, str]:
+    """Where each module of the checkpoint ends among the operations."""
+    layers = (f"{tower}.encoder.layers.{i}" for i in range(config.num_hidden_layers))
+    return {
+        f"{tower}.embeddings.position_embedding": f"{tower}.embeddings",
+        **{f"{layer}.residual2": layer for layer in layers},
+    }
 
 
 def _parts(config: SiglipConfig) -> tuple[Part, Part]:
@@ -284,6 +294,7 @@ def _parts(config: SiglipConfig) -> tuple[Part, Part]:
             (TensorSpec(name="image_embeds", dtype="float32", shape=("batch", vision.hidden_size)),),
             vision.tokens,
             partial(image_encoder, config=vision),
+            _blocks("vision_model", vision) | {"vision_model.post_layernorm": "vision_model.post_layernorm"},
         ),
         Part(
             "text_encoder",
@@ -291,6 +302,7 @@ def _parts(config: SiglipConfig) -> tuple[Part, Part]:
             (TensorSpec(name="text_embeds", dtype="float32", shape=("batch", text.projection)),),
             text.max_position_embeddings,
             partial(text_encoder, config=text),
+            _blocks("text_model", text),
         ),
     )
 
@@ -313,7 +325,6 @@ def spec(
         id=id,
         hub_id=hub_id,
         revision=revision,
-        task="embed",
         parts=_parts(parsed),
         tensors=tensors(parsed),
         image=ImageSpec.model_validate({"size": parsed.vision_config.image_size, "variant": variant}),
