@@ -22,7 +22,7 @@ contracts:
     lint-imports
 
 test *args:
-    pytest -n 2 {{args}}
+    OPENBLAS_NUM_THREADS=1 pytest -n 2 {{args}}
 
 # full-size weights and training: about 20 minutes
 test-slow *args:

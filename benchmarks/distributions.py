@@ -159,4 +159,5 @@ def _draw(weights: Doubles, count: int, rng: np.random.Generator) -> Ids:
     """`count` indices by (vocabulary,) weights, with replacement; zeros where there is no weight at all."""
     cumulated = np.cumsum(weights)
     at = rng.random(count) * cumulated[-1]
-    return np.searchsorted(cumulated, at, side="right").clip(max=len(weights) - 1) * (cumulated[-1] > 0)
+    drawn = np.searchsorted(cumulated, at, side="right").clip(max=len(weights) - 1)
+    return np.asarray(drawn * (cumulated[-1] > 0), np.int64)

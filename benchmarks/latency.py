@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def bench(
     threads = options.threads or min(host.physical_cores, host.usable_cores)
     runs, notes = [], []
     for done in range(options.processes):
-        notes += _quiet_or_refuse(options.allow_noise)
+        notes += quiet_or_refuse(options.allow_noise)
         runs.append(_measure_in_process(artifact, threads, options))
         progress(done + 1, options.processes)
     samples = _pool([run["samples"] for run in runs])
@@ -88,7 +88,12 @@ def bench(
     )
 
 
-def _quiet_or_refuse(allow_noise: bool) -> list[str]:
+def quiet_or_refuse(allow_noise: bool) -> list[str]:
+    """A note where the host is noisy and that is allowed.
+
+    Raises:
+        UsageError: it is noisy.
+    """
     reason = host_facts.noise().reason
     if reason and not allow_noise:
         raise UsageError(f"The host is too noisy to time on: {reason}", "Close other programs, or pass --allow-noise")
@@ -96,9 +101,18 @@ def _quiet_or_refuse(allow_noise: bool) -> list[str]:
 
 
 def _measure_in_process(artifact: Path, threads: int, options: BenchOptions) -> dict[str, Any]:
-    request = json.dumps({**asdict(options), "threads": threads})
+    return in_process("medge.benchmarks.latency", artifact, {**asdict(options), "threads": threads})
+
+
+def in_process(module: str, artifact: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fresh `python -m module ARTIFACT REQUEST` answers; see `answer`.
+
+    Raises:
+        CorruptError: it crashed.
+        MedgeError: whatever it raised.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "medge.benchmarks.latency", str(artifact), request],
+        [sys.executable, "-m", module, str(artifact), json.dumps(request)],
         capture_output=True,
         text=True,
         check=False,
@@ -109,11 +123,11 @@ def _measure_in_process(artifact: Path, threads: int, options: BenchOptions) -> 
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         killed = ", killed: out of memory?" if done.returncode < 0 else ""
         raise CorruptError(f"{artifact} crashed its process (status {done.returncode}{killed}): {last}")
-    answer: dict[str, Any] = json.loads(lines[-1])
-    if "error" in answer:
-        kind, message, remedy = answer["error"]
+    document: dict[str, Any] = json.loads(lines[-1])
+    if "error" in document:
+        kind, message, remedy = document["error"]
         raise getattr(errors, kind, MedgeError)(message, remedy)
-    return answer
+    return document
 
 
 def _pool(runs: Sequence[dict[str, list[float]]]) -> dict[str, tuple[float, ...]]:
@@ -203,14 +217,19 @@ def peak_rss() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measure in this process and print one JSON line: ARTIFACT OPTIONS-AS-JSON."""
+def answer(arguments: Sequence[str], run: Callable[[Path, Any], Mapping[str, Any]]) -> None:
+    """Run ARTIFACT REQUEST-AS-JSON in this process and print one JSON line, an expected failure included."""
     artifact, request = arguments
     try:
-        answer = measure(Path(artifact), BenchOptions(**json.loads(request)))
+        document = run(Path(artifact), json.loads(request))
     except MedgeError as error:
-        answer = {"error": [type(error).__name__, error.message, error.remedy]}
-    sys.stdout.write(json.dumps(answer) + "\n")
+        document = {"error": [type(error).__name__, error.message, error.remedy]}
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure in this process: ARTIFACT OPTIONS-AS-JSON."""
+    answer(arguments, lambda artifact, request: measure(artifact, BenchOptions(**request)))
 
 
 if __name__ == "__main__":

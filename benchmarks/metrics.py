@@ -87,12 +87,15 @@ class Metric:
 
     name: str
     title: str
-    unit: Literal["cosine", "share", "AUC", "ratio"]
+    unit: Literal["cosine", "share", "AUC", "ratio", "nats"]
     direction: Direction
     kind: Literal["exact", "inferred"]
     meaning: str
-    measure: Callable[[Evidence], Estimate | str] | None
-    """An estimate, or the reason why the metric does not apply. None: the gate measures it (latency)."""
+    measure: Callable[[Any], Estimate | str] | None
+    """From the evidence of its kind of model: an estimate, or the reason why the metric does not apply.
+
+    None: the gate measures it (latency).
+    """
 
 
 class Limit(Frozen):
@@ -135,8 +138,8 @@ def _outcome(metric: Metric, estimate: Estimate, limit: float) -> Outcome:
     return "inconclusive" if any(within) else "regressed"
 
 
-def load_limits(scheme: str, path: Path = LIMITS) -> dict[str, Limit]:
-    """The limits of the family whose name is the longest that begins the scheme's.
+def load_limits(scheme: str, path: Path = LIMITS, metrics: Mapping[str, Metric] | None = None) -> dict[str, Limit]:
+    """The limits of the family whose name is the longest that begins the scheme's; of `metrics`, or an encoder's.
 
     Raises:
         UsageError: no family fits, a metric is unknown, or a limit lacks its reason.
@@ -149,12 +152,14 @@ def load_limits(scheme: str, path: Path = LIMITS) -> dict[str, Limit]:
     if not fitting:
         raise UsageError(f"No limits for scheme '{scheme}'", f"Add [{scheme}] to a copy of {path} and pass that")
     family = max(fitting, key=len)
-    return {name: _limit(f"{path} [{family}]", name, value) for name, value in families[family].items()}
+    return {
+        name: _limit(f"{path} [{family}]", name, value, metrics or BY_NAME) for name, value in families[family].items()
+    }
 
 
-def _limit(where: str, name: str, value: Any) -> Limit:
-    if name not in BY_NAME:
-        raise UsageError(f"{where}: no metric '{name}'", f"Metrics: {', '.join(BY_NAME)}")
+def _limit(where: str, name: str, value: Any, metrics: Mapping[str, Metric]) -> Limit:
+    if name not in metrics:
+        raise UsageError(f"{where}: no metric '{name}'", f"Metrics: {', '.join(metrics)}")
     try:
         return Limit.model_validate(value)
     except ValueError:
@@ -342,5 +347,3 @@ METRICS: tuple[Metric, ...] = (
     ),
 )
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
-DELTAS = frozenset(name for name in BY_NAME if name.endswith("_delta"))
-"""Changes, artifact minus reference: shown with their sign."""

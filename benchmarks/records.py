@@ -114,6 +114,22 @@ class Conditions(Frozen):
     """The preprocessing variant."""
 
 
+class Speed(Frozen):
+    """How fast a generator reads and writes with so many threads at so long a prompt; samples of all processes."""
+
+    threads: int = Field(gt=0)
+    context: int = Field(gt=0)
+    """Tokens of the prompt."""
+    first_token_seconds: tuple[float, ...]
+    """From the question to the answer's first token."""
+    prefill_rate: tuple[float, ...]
+    """Tokens of the prompt read a second."""
+    decode_rate: tuple[float, ...]
+    """Tokens of the answer written a second, the first excepted."""
+    bandwidth_share: tuple[float, ...]
+    """Bytes of weights that decoding reads a second over what this host can read with these threads."""
+
+
 class RunRecord(Record):
     """One benchmark of one artifact on one host."""
 
@@ -122,6 +138,8 @@ class RunRecord(Record):
     conditions: Conditions
     samples: dict[str, tuple[float, ...]]
     """Metric with its unit as suffix ("image_encoder_seconds", "peak_rss_bytes") -> every sample taken."""
+    generation: tuple[Speed, ...] = ()
+    """Of a generator: a row for each number of threads and length of prompt."""
     notes: tuple[str, ...] = ()
 
     def quantile(self, metric: str, q: float) -> float | None:
@@ -170,6 +188,19 @@ class Case(Frozen):
     candidate_label: str
 
 
+class Reply(Frozen):
+    """One prompt, both answers."""
+
+    name: str
+    kind: str
+    right: str
+    """The right answer."""
+    reference: str
+    artifact: str
+    diverges: int | None
+    """The first token at which two free answers differ; None where they are the same, and for choices."""
+
+
 class Curve(Frozen):
     """One label against the rest."""
 
@@ -197,10 +228,15 @@ class Reference(Frozen):
     host: Host
     dataset_digest: Sha256
     images: int
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     variant: str
+    """Of the preprocessing; empty for a model that reads no images."""
     captured: datetime
+    prompts: int = 0
+    """Of a generator: prompts answered."""
+    places: int = 0
+    """Of a generator: next-token distributions compared."""
 
 
 class CheckResult(Record):
@@ -213,6 +249,7 @@ class CheckResult(Record):
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
     cases: tuple[Case, ...] = ()
+    replies: tuple[Reply, ...] = ()
     curves: tuple[Curve, ...] = ()
     dots: Dots | None = None
 

@@ -5,13 +5,14 @@ Charts are inline SVG in the page's own colours. This module places them (pure g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from medge.benchmarks.metrics import BY_NAME, DELTAS
+from medge.benchmarks.chat_metrics import CHAT_BY_NAME
+from medge.benchmarks.metrics import BY_NAME, Metric
 from medge.benchmarks.records import (
     Case,
     CheckResult,
@@ -22,6 +23,7 @@ from medge.benchmarks.records import (
     ParityRow,
     Report,
     RunRecord,
+    Speed,
     Verdict,
     worst,
 )
@@ -32,6 +34,9 @@ WORST_CASES = 10
 SHOWN_CURVES = 6
 WORDS: dict[Outcome, str] = {"ok": "✓ ok", "inconclusive": "? inconclusive", "regressed": "✕ regressed"}
 _NAMED_TEMPLATES = 3
+_LONGEST_REPLY = 300
+"""Characters of an answer that a table shows."""
+_METRICS: Mapping[str, Metric] = {**BY_NAME, **CHAT_BY_NAME}
 
 Point = tuple[float, float]
 
@@ -66,7 +71,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size, rate=rate, seconds=seconds, number=number, path=svg_path)
+    environment.filters.update(size=size, rate=rate, seconds=seconds, number=number, path=svg_path, short=short)
     html: str = environment.get_template("report.html").render(
         report=report,
         checks=[CheckView(check) for check in report.checks],
@@ -111,12 +116,18 @@ def number(value: float | None, metric: str) -> str:
     text = {
         "cosine": f"{value:.5f}",
         "AUC": f"{value:+.4f}",
-        "ratio": f"{value:.2f}×",
-        "share": f"{100 * value:+.1f} points" if metric in DELTAS else f"{100 * value:.1f} %",
-    }[BY_NAME[metric].unit]
+        "ratio": f"{value:.3f}×" if metric in CHAT_BY_NAME else f"{value:.2f}×",
+        "nats": f"{value:.2g} nats" if value >= 1e-4 else f"{value:.0e} nats",
+        "share": f"{100 * value:+.1f} points" if metric.endswith("_delta") else f"{100 * value:.1f} %",
+    }[_METRICS[metric].unit]
     if not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")  # zero has no sign
     return text.replace("-", "−")
+
+
+def short(text: str) -> str:
+    """An answer as a table shows it."""
+    return text if len(text) <= _LONGEST_REPLY else f"{text[:_LONGEST_REPLY]}…"
 
 
 def svg_path(points: Sequence[Point]) -> str:
@@ -146,8 +157,8 @@ class VerdictView:
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
-        self.meaning = BY_NAME[verdict.metric].meaning
-        self.kind = BY_NAME[verdict.metric].kind
+        self.meaning = _METRICS[verdict.metric].meaning
+        self.kind = _METRICS[verdict.metric].kind
         self.sign = "≥" if verdict.direction == "at_least" else "≤"
         ends = [v for v in (verdict.limit, verdict.value, verdict.low, verdict.high) if v is not None]
         pad = 0.2 * (max(ends) - min(ends)) or 0.5 * abs(verdict.limit) or 1.0
@@ -210,6 +221,8 @@ class CheckView:
         self.scatter = Scatter(check.dots) if check.dots and check.dots.points else None
         self.rocs = [Roc(curve) for curve in check.curves if curve.baseline_roc][:SHOWN_CURVES]
         self.worst = check.cases[:WORST_CASES]
+        self.replies = [reply for reply in check.replies if reply.artifact != reply.reference]
+        """Those that changed."""
         self.changed = [case for case in check.cases if case.baseline_label != case.candidate_label]
         self.labels = _listed(check.reference.labels, 12)
         self.templates = _listed([f"“{t}”" for t in check.reference.templates], _NAMED_TEMPLATES)
@@ -231,11 +244,22 @@ class CheckView:
         return next((verdict for verdict in self.check.verdicts if verdict.metric == metric), None)
 
 
+class SpeedView:
+    """A generator's speed at one number of threads and length of prompt, medians."""
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed = speed
+        names = ("first_token_seconds", "prefill_rate", "decode_rate", "bandwidth_share")
+        medians = (float(np.median(samples)) if (samples := getattr(speed, name)) else None for name in names)
+        self.first_token, self.prefill, self.decode, self.bandwidth = medians
+
+
 class RunView:
     """A benchmark as a row, with bars relative to the slowest and largest row."""
 
     def __init__(self, run: RunRecord, runs: Sequence[RunRecord]) -> None:
         self.run = run
+        self.speeds = [SpeedView(speed) for speed in run.generation]
         self.median = run.quantile("image_encoder_seconds", 0.5)
         medians = [m for m in (r.quantile("image_encoder_seconds", 0.5) for r in runs) if m is not None]
         self.time_share = 100 * (self.median or 0) / max(medians, default=1.0)

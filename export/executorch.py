@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from medge.export.base import PartJob, Support, Written
 from medge.manifest import Format
 from medge.quantize.calibrate import Range
-from medge.quantize.executorch import Linears, cannot
+from medge.quantize.executorch import Linears, refusal
 from medge.quantize.scheme import Rule, Scheme
 from medge.spec import BuildOptions, ModelSpec, Part, TensorSpec
 
@@ -20,6 +21,17 @@ from medge.spec import BuildOptions, ModelSpec, Part, TensorSpec
 def _shapes(specs: tuple[TensorSpec, ...]) -> str:
     sizes = (", ".join("1" if isinstance(size, str) else str(size) for size in spec.shape) for spec in specs)
     return "; ".join(f"{spec.name} {spec.dtype} ({size})" for spec, size in zip(specs, sizes, strict=True))
+
+
+def _build(job: PartJob) -> Any:
+    """The part as a torch.fx.GraphModule. Half precision is a property of the whole graph."""
+    from medge.export.torch_graph import Graph, TorchOps
+
+    graph = Graph(half=all(rule.bits == 16 for rule in job.scheme.rules))
+    ops = TorchOps(graph, Linears(graph, job.scheme, job.ranges, _output_ranges(job)))
+    inputs = {spec.name: graph.input(spec) for spec in job.part.inputs}
+    outputs = job.graph(ops, inputs, BuildOptions(mlp_multiple=job.scheme.block))
+    return graph.module([value for _, value in outputs])
 
 
 def _output_ranges(job: PartJob) -> dict[str, Range]:
@@ -38,43 +50,33 @@ class ExecutorchExporter:
 
     def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
         """Every family whose parts are written against `Ops`, in the widths that XNNPACK has kernels for."""
-        found = (cannot(rule, scheme) for rule in scheme.rules)
-        return next((Support(False, *reason) for reason in found if reason), Support(True))
+        found = refusal(scheme)
+        return Support(False, *found) if found else Support(True)
 
     def stored_bits(self, rule: Rule) -> float:
         """A 2-byte scale a block; a scale an output channel is nothing."""
         return rule.bits + (16 / rule.block if rule.block else 0)
 
     def write(self, job: PartJob, folder: Path) -> Written:
-        """Build the graph from the weights as they are read, lower it, and say what XNNPACK took."""
-        from medge.export import executorch_lower as lowering
-        from medge.export.torch_graph import Graph, TorchOps
+        """Build the graph from the weights as they are read, lower it, and say what XNNPACK took.
+
+        Raises:
+            UnsupportedError: a heavy operation stayed outside XNNPACK, and settings do not allow that.
+        """
+        from medge.export import executorch_lower as lowering  # first: it registers the quantized operations
 
         def on_stage(done: int) -> None:
             job.on_step(f"lower {job.part.name}", done, lowering.STAGES)
 
         on_stage(0)
-        half = all(rule.bits == 16 for rule in job.scheme.rules)
-        graph = Graph(half=half)
-        ops = TorchOps(graph, Linears(graph, job.scheme, job.ranges, _output_ranges(job)))
-        inputs = {spec.name: graph.input(spec) for spec in job.part.inputs}
-        outputs = job.graph(ops, inputs, BuildOptions(mlp_multiple=job.scheme.block))
-        module = graph.module([value for _, value in outputs])
-        lowered = lowering.lower(module, job.part.inputs, on_stage)
+        lowered = lowering.lower(_build(job), job.part.inputs, on_stage)
         if job.settings.get("fallback") != "allow":
             lowered.require_delegated()
         name = f"{job.part.name}.pte"
         lowering.write(lowered, folder / name)
         on_stage(lowering.STAGES)
-        facts = {
-            "method": lowering.METHOD,
-            "inputs": _shapes(job.part.inputs),
-            "outputs": _shapes(job.outputs),
-            "delegated": f"{lowered.delegated:.2%} of FLOPs",
-            "outside": ", ".join(sorted(name for name, work in lowered.left.items() if work)),
-            "gelu": lowering.gelu(lowered),
-        }
-        return Written([name], facts)
+        shapes = {"inputs": _shapes(job.part.inputs), "outputs": _shapes(job.outputs)}
+        return Written([name], {"method": lowering.METHOD} | shapes | lowering.facts(lowered))
 
     def session(self, scheme: Scheme) -> dict[str, str]:
         """None: XNNPACK chooses its kernels when it loads the file."""

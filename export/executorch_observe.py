@@ -6,9 +6,7 @@ Imports torch: import this module where a part is calibrated, not before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,31 +24,23 @@ ROWS = 16
 
 def output_ranges(job: PartJob, calibration: Calibration) -> dict[str, Range]:
     """Layer -> range of its output, for the layers whose input has one; runs the part in fp32, its size in memory."""
+    names, module = _observed(job)
+    rows: dict[str, list[FloatArray]] = {name: [] for name in names}
+    for done, sample in enumerate(job.samples(calibration.samples)):
+        job.on_step(f"calibrate {job.part.name}", done, calibration.samples)
+        with torch.no_grad():
+            found = module(*(torch.from_numpy(sample[spec.name]) for spec in job.part.inputs))
+        for name, value in zip(names, found, strict=True):
+            rows[name].append(value.reshape(-1, value.shape[-1]).numpy())
+    return {name: activation_range(np.concatenate(seen), calibration) for name, seen in rows.items()}
+
+
+def _observed(job: PartJob) -> tuple[list[str], torch.fx.GraphModule]:
+    """The part in floats, giving some rows of what each calibrated layer gives."""
     graph = Graph()
     ops = TorchOps(graph, Linears(graph, load("fp32")))
     inputs = {spec.name: graph.input(spec) for spec in job.part.inputs}
-    unseen = replace(job, on_tensor=lambda count: None, tapped=False)  # the weights are read, and counted, again
-    module = graph.module([value for _, value in unseen.graph(ops, inputs, BuildOptions())])
-    observer = _Observer(module, {node.name: name for name, node in ops.layers.items() if name in job.ranges})
-    with torch.no_grad():
-        for done, sample in enumerate(job.samples(calibration.samples)):
-            job.on_step(f"calibrate {job.part.name}", done, calibration.samples)
-            observer.run(*(torch.from_numpy(sample[spec.name]) for spec in job.part.inputs))
-    return {name: activation_range(np.concatenate(rows), calibration) for name, rows in observer.rows.items()}
-
-
-class _Observer(torch.fx.Interpreter):
-    """Runs a module and keeps some rows of what some nodes give."""
-
-    def __init__(self, module: torch.fx.GraphModule, layers: Mapping[str, str]) -> None:
-        super().__init__(module)
-        self._layers = layers
-        self.rows: dict[str, list[FloatArray]] = {}
-
-    def run_node(self, n: Any) -> Any:
-        value = super().run_node(n)
-        if n.name in self._layers:
-            rows = value.reshape(-1, value.shape[-1])
-            picked = rows[torch.arange(ROWS) * len(rows) // ROWS]
-            self.rows.setdefault(self._layers[n.name], []).append(picked.numpy())
-        return value
+    unseen = replace(job, on_tensor=lambda count: None)  # the weights are read, and counted, once more
+    unseen.graph(ops, inputs, BuildOptions())
+    names = [name for name in ops.layers if name in job.ranges]
+    return names, graph.module([ops.rows(ops.layers[name], ROWS) for name in names])

@@ -47,7 +47,11 @@ def require_support(exporter: Exporter, spec: AnySpec, scheme: Scheme) -> None:
         UnsupportedError: one cannot, with its reason and the nearest scheme that can.
     """
     for part in spec.parts:
-        support = exporter.supports(spec, part, scheme) if part.build else _no_graph(part, exporter.format)
+        support = (
+            exporter.supports(spec, part, scheme)
+            if part.build or exporter.format == "gguf"
+            else _no_graph(part, exporter.format)
+        )
         if not support.ok:
             nearest = f"Nearest: --scheme {support.nearest}. " if support.nearest else ""
             raise UnsupportedError(support.reason, f"{nearest}All: medge targets")

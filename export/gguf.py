@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from medge.export import gguf_chat
 from medge.export.base import PartJob, Support, Written
 from medge.export.gguf_keys import Key, keys
 from medge.manifest import Format
@@ -26,7 +27,7 @@ from medge.quantize.scheme import Rule, Scheme
 from medge.runtimes.ggml_weights import UNFOLD
 from medge.runtimes.gguf_file import ALIGNMENT, MAGIC, VERSION, BlockType, ValueType
 from medge.runtimes.gguf_names import PROJECTOR, tensor_name
-from medge.spec import BuildOptions, ModelSpec, Part, Weight
+from medge.spec import AnySpec, BuildOptions, ChatSpec, Part, Weight
 
 _EXACT = Rule(match=".*", bits=32)
 """Biases, norms and positions: a thousandth of the file, and ggml adds in float32."""
@@ -126,9 +127,9 @@ class GgufExporter:
     format: Format = "gguf"
     extra = "gguf"
 
-    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
-        """SigLIP, in the schemes whose rules ggml has blocks for."""
-        refused = refusal(scheme)
+    def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
+        """SigLIP and Gemma 3, in the schemes whose rules ggml has blocks for."""
+        refused = gguf_chat.refusal(scheme) if isinstance(spec, ChatSpec) else refusal(scheme)
         return Support(True) if refused is None else Support(False, *refused)
 
     def stored_bits(self, rule: Rule) -> float:
@@ -137,6 +138,9 @@ class GgufExporter:
 
     def write(self, job: PartJob, folder: Path) -> Written:
         """Stream the part into one file."""
+        return gguf_chat.write(job, folder) if job.part.build is None else self._dual(job, folder)
+
+    def _dual(self, job: PartJob, folder: Path) -> Written:
         ops = GgufOps(job.scheme)
         blocks = _has_blocks(job.scheme)
         multiple = MLP_MULTIPLE if blocks else 1

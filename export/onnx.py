@@ -161,6 +161,8 @@ def _cannot(rule: Rule, scheme: Scheme) -> Support:
     cases = (
         (rule.method == "kmeans", "ONNX Runtime has no kernel that looks weights up in a palette", "int8"),
         (rule.method == "nonlinear", "ONNX has no 4-bit type whose levels are uneven", "int4"),
+        (rule.method == "superblock", "ONNX has no blocks of blocks", "int4"),
+        (rule.bfloat, "ONNX Runtime computes in float32 on a CPU: float16 holds more of a weight's digits", "fp16"),
         (rule.bits in (5, 6), f"ONNX has no {rule.bits}-bit type", "int8"),
         (integer and not rule.symmetric, "ONNX Runtime's fast int8 kernels take signed weights without offset", "int4"),
         (

@@ -108,8 +108,8 @@ class TorchOps:
     def __init__(self, graph: Graph, linear: Linears) -> None:
         self.graph = graph
         self.linear = linear
-        self.layers: dict[str, Any] = {}
-        """The node that each linear layer gave, for who observes them."""
+        self.layers: dict[str, Tensor] = {}
+        """What each linear layer gave, for who observes it."""
 
     def patches(self, pixels: Tensor, weight: Weight, bias: Weight, at: str) -> Tensor:
         """Patches as rows, then a linear layer: the same sums as the convolution, and no change of layout."""
@@ -141,9 +141,17 @@ class TorchOps:
 
     def linears(self, x: Tensor, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[Tensor]:
         """Quantized by the scheme's rules."""
-        found = self.linear.emit(x.node, layers)
-        self.layers |= {name: node for name, (node, _) in zip(layers, found, strict=True)}
-        return [Tensor(node, (*x.shape[:-1], out)) for node, out in found]
+        found = [Tensor(y, (*x.shape[:-1], out)) for y, out in self.linear.emit(x.node, layers)]
+        self.layers |= zip(layers, found, strict=True)
+        return found
+
+    def rows(self, x: Tensor, count: int) -> Tensor:
+        """(1, N, D) -> (1, about `count`, D): evenly spread tokens. (1, D), a token already, stays."""
+        if len(x.shape) == 2:
+            return x
+        step = max(1, x.shape[1] // count)
+        shape = (1, -(-x.shape[1] // step), x.shape[2])
+        return Tensor(self.graph.call("aten.slice.Tensor", x.node, 1, 0, x.shape[1], step), shape)
 
     def gelu_tanh(self, x: Tensor, at: str) -> Tensor:
         """x · sigmoid(2u), u = √(2/π)(x + 0.044715 x³): the same as x/2 · (1 + tanh u).

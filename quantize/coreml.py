@@ -28,15 +28,23 @@ _GRID = np.linspace(1.0, 0.8, 5, dtype=np.float32)
 
 def refusal(rule: Rule) -> tuple[str, str] | None:
     """Why Core ML cannot store a rule's weights, and the nearest scheme that it can; None when it can."""
-    if rule.bits >= 16:
-        return None
-    if rule.method == "nonlinear":
-        return "Core ML has no fixed uneven levels; its palettes choose 16 levels for the weights at hand", "palette4"
-    if rule.method == "kmeans":
-        return None if rule.bits in _PALETTE_BITS else (f"Core ML has no palettes of {rule.bits} bits", "palette6")
-    if rule.bits not in _EVEN_BITS:
-        return f"Core ML has even levels of 4 and 8 bits, not of {rule.bits}", "palette6"
-    return None
+    palette, even = rule.method == "kmeans", rule.method in ("absmax", "mse") and rule.bits < 16
+    cases = (
+        (rule.bfloat, "Core ML has no bfloat16", "fp16"),
+        (rule.method == "superblock", "Core ML has no blocks of blocks", "int4"),
+        (
+            rule.method == "nonlinear",
+            "Core ML has no fixed uneven levels; its palettes choose 16 levels for the weights at hand",
+            "palette4",
+        ),
+        (palette and rule.bits not in _PALETTE_BITS, f"Core ML has no palettes of {rule.bits} bits", "palette6"),
+        (
+            even and rule.bits not in _EVEN_BITS,
+            f"Core ML has even levels of 4 and 8 bits, not of {rule.bits}",
+            "palette6",
+        ),
+    )
+    return next(((reason, nearest) for holds, reason, nearest in cases if holds), None)
 
 
 def refusal_ios17(rule: Rule) -> str | None:

@@ -41,29 +41,38 @@ class Graph(Protocol):
         ...
 
 
-def cannot(rule: Rule, scheme: Scheme) -> tuple[str, str] | None:
-    """Why XNNPACK has no kernel for a rule, and the nearest scheme that it has one for; None if it has."""
-    integer = rule.bits < 16
-    block = rule.block or 0
+Refusal = tuple[str, str]
+"""Why XNNPACK has no kernel, and the nearest scheme that it has one for."""
+
+
+def refusal(scheme: Scheme) -> Refusal | None:
+    """Why a scheme cannot be built, by the first rule without a kernel; None if it can."""
+    weights = [found for rule in scheme.rules if (found := _no_kernel(rule))]
+    activations = [found for rule in scheme.rules if (found := _no_product(rule, scheme))]
+    return next(iter(weights + activations), None)
+
+
+def _no_kernel(rule: Rule) -> Refusal | None:
+    integer, block = rule.bits < 16, rule.block or 0
     cases = (
         (rule.method == "kmeans", "XNNPACK has no kernel that looks weights up in a palette", "int8"),
+        (rule.method == "superblock", "XNNPACK has no blocks of blocks", "int4"),
+        (rule.bfloat, "XNNPACK has no bfloat16 graph", "fp16"),
         (rule.method == "nonlinear", "XNNPACK has no 4-bit type whose levels are uneven", "int4"),
         (rule.bits in (5, 6), f"XNNPACK has no {rule.bits}-bit type", "int8"),
         (integer and not rule.symmetric, "XNNPACK's integer kernels take weights without an offset", "int4"),
         (rule.bits == 8 and block > 0, "XNNPACK's 8-bit kernels take one scale an output channel", "int8"),
         (rule.bits == 4 and block % BLOCK > 0, f"XNNPACK's 4-bit blocks are multiples of {BLOCK}", "int4"),
-        (
-            integer and scheme.activations == "none",
-            f"XNNPACK multiplies {rule.bits}-bit weights with 8-bit activations only",
-            "int8",
-        ),
-        (
-            rule.bits == 4 and scheme.activations == "static",
-            "XNNPACK's 4-bit kernels scale activations at run time only",
-            "int4",
-        ),
     )
     return next(((reason, nearest) for holds, reason, nearest in cases if holds), None)
+
+
+def _no_product(rule: Rule, scheme: Scheme) -> Refusal | None:
+    if rule.bits < 16 and scheme.activations == "none":
+        return f"XNNPACK multiplies {rule.bits}-bit weights with 8-bit activations only", "int8"
+    if rule.bits == 4 and scheme.activations == "static":
+        return "XNNPACK's 4-bit kernels scale activations at run time only", "int4"
+    return None
 
 
 @dataclass
@@ -139,11 +148,10 @@ class Linears:
 
     def _matrix(self, at: str, weight: FloatArray, rule: Rule) -> Any:
         int8 = self.graph.dtype("int8")
-        method = "mse" if rule.method == "mse" else "absmax"
         if rule.bits == 8:
-            quantized = quantize(weight, 8, None, method)
+            quantized = quantize(weight, 8, None, rule.method)
         else:
-            quantized = quantize_blocks(at, weight, rule.block or weight.shape[1], search=method == "mse")
+            quantized = quantize_blocks(at, weight, rule.block or weight.shape[1], search=rule.method == "mse")
         scales = _positive(quantized.scales)
         values = self.graph.weight(f"{at}.weight", quantized.values)
         if rule.bits == 8:

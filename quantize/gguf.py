@@ -61,24 +61,35 @@ def refusal(scheme: Scheme) -> tuple[str, str] | None:
     if scheme.activations == "static":
         return "ggml scales activations when it runs: it has no place for calibrated ranges", "int8"
     for rule in scheme.rules:
-        if rule.bits < 16 and (reason := _obstacle(rule)):
+        if reason := _obstacle(rule):
             return reason, _nearest(rule)
     return None
 
 
+PALETTES = "ggml has no palettes of a layer's own: its one uneven table is IQ4_NL's"
+
+
 def _obstacle(rule: Rule) -> str:
-    if rule.method == "kmeans":
-        return "ggml has no palettes of a layer's own: its one uneven table is IQ4_NL's"
-    if rule.method == "nonlinear" and rule.bits != 4:
-        return f"ggml's uneven levels have 4 bits, not {rule.bits}"
-    if rule.bits > 5 and not rule.symmetric:
-        return f"ggml has no {rule.bits}-bit blocks with an offset for rows of 1152"
-    if rule.block is not None and rule.block < BLOCK:
-        return f"ggml's blocks have {BLOCK} values: {rule.block} is finer"
-    return ""
+    """Why ggml has no blocks for a rule, or nothing."""
+    block = rule.block or BLOCK
+    cases = (
+        (rule.bfloat, "medge's ggml graph has no bfloat16 layers: float16 holds more digits"),
+        (
+            rule.method == "superblock",
+            "ggml's super-blocks have 256 values, and rows of 1152 are no multiple of that",
+        ),
+        (rule.method == "kmeans", PALETTES),
+        (rule.method == "nonlinear" and rule.bits != 4, f"ggml's uneven levels have 4 bits, not {rule.bits}"),
+        (rule.bits == 6, "ggml's 6-bit blocks have 256 values, and rows of 1152 are no multiple of that"),
+        (rule.bits == 8 and not rule.symmetric, "ggml has no 8-bit blocks with an offset"),
+        (block < BLOCK, f"ggml's blocks have {BLOCK} values: {block} is finer"),
+    )
+    return next((reason for holds, reason in cases if holds), "")
 
 
 def _nearest(rule: Rule) -> str:
+    if rule.bits >= 16:
+        return "fp16"
     if rule.method == "kmeans":
         return "int4-nl" if rule.bits == 4 else "int5"
     return "int8" if rule.bits > 5 else f"int{rule.bits}"

@@ -151,8 +151,8 @@ def _spelled(rule: Rule, count: int) -> Rule:
 def names() -> tuple[str, ...]:
     """The schemes that come with medge, from the most exact to the smallest."""
     order = (
-        *("fp32", "fp16", "int8", "int8-static", "palette6", "int5"),
-        *("int4-mixed", "int4", "int4-affine", "int4-nl", "palette4"),
+        *("fp32", "fp16", "bf16", "int8", "int8-static", "palette6", "int5"),
+        *("int4-mixed", "int4", "int4-affine", "int4-nl", "int4-k", "palette4"),
     )
     found = {path.stem for path in _FOLDER.glob("*.toml")}
     return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))

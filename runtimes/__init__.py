@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -76,10 +77,12 @@ def open_generator(path: str | Path, options: RunOptions | None = None) -> Gener
     return LlamaGenerator(artifact, options or RunOptions())
 
 
+_COREML_NEEDS = "coremltools" if sys.platform == "darwin" else "numpy"
 _BACKENDS = {
     "onnx": ("medge.runtimes.onnx_backend", "OnnxBackend", "onnxruntime", ""),
     "executorch": ("medge.runtimes.executorch_backend", "ExecutorchBackend", "executorch", "executorch"),
-    "coreml": ("medge.runtimes.coreml_backend", "CoremlBackend", "coremltools", "coreml"),
+    # Off a Mac our own interpreter reads the package, and needs no more than numpy.
+    "coreml": ("medge.runtimes.coreml_backend", "CoremlBackend", _COREML_NEEDS, "coreml"),
     "gguf": ("medge.runtimes.gguf_backend", "GgufBackend", "llama_cpp", "gguf"),
 }
 """Format -> module, class, the package that it needs, the extra that brings it."""

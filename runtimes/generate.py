@@ -12,9 +12,11 @@ import codecs
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from medge.errors import UsageError
@@ -22,6 +24,7 @@ from medge.runtimes.base import RunOptions
 from medge.runtimes.images import ImageLike, Picture
 from medge.spec import FloatArray, ImageSpec
 
+_CONTENT = (str, bytes, Path, PIL.Image.Image, np.ndarray, Picture)
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -40,11 +43,24 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: texts and images in the order in which they are meant."""
+    """One turn: texts and images in the order in which they are meant.
+
+    Raises:
+        UsageError: no such role, or content that is neither text nor image.
+    """
 
     role: Role
     content: tuple[str | ImageLike, ...]
     """A `str` is text, never a path: pass a `Path` for a file."""
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise UsageError(f"'{self.role}' is no role of a message", f"Roles: {', '.join(get_args(Role))}")
+        if not isinstance(self.content, tuple):  # a bare str would fall apart into its characters
+            raise UsageError("A message's content is no tuple", "Write Message('user', ('What is this?', image))")
+        for item in self.content:
+            if not isinstance(item, _CONTENT):
+                raise UsageError(f"A message holds a {type(item).__name__}", "Give texts (str), and images or a Path")
 
 
 @dataclass(frozen=True)

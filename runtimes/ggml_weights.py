@@ -20,8 +20,8 @@ from medge.runtimes.gguf_file import BlockType, GgufFile, TensorEntry
 
 UNFOLD = "ggml.unfold"
 """The manifest's session setting: "bf16" lets slow blocks be unfolded, anything else keeps them as in the file."""
-_ROWS = 1 << 22
-"""Values converted at once: what stays in the cache's reach."""
+_VALUES = 1 << 22
+"""Converted at once, so that no whole tensor is in memory as float32."""
 
 
 class Matrix(NamedTuple):
@@ -143,7 +143,7 @@ class Weights:
 
     def _floats(self, raw: NDArray[np.uint8], entry: TensorEntry) -> Iterator[NDArray[np.float32]]:
         name = "fp16_to_fp32_row" if entry.type == BlockType.F16 else f"dequantize_row_{entry.type.name.lower()}"
-        step = _ROWS // entry.type.values * entry.type.bytes
+        step = _VALUES // entry.type.values * entry.type.bytes
         for start in range(0, raw.size, step):
             chunk = raw[start : start + step]
             values = np.empty(chunk.size // entry.type.bytes * entry.type.values, np.float32)

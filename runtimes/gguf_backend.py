@@ -96,12 +96,12 @@ class GgufSession:
     def _checked(self, inputs: Tensors) -> NDArray[Any]:
         """The batch, in the type that ggml takes; it would abort over an id without a row."""
         spec, value = self._spec, inputs.get(self._spec.name)
-        if value is None or value.dtype != spec.dtype or value.shape[1:] != spec.shape[1:]:
+        if value is None or value.dtype != spec.dtype or not value.size or value.shape[1:] != spec.shape[1:]:
             found = "absent" if value is None else f"{value.dtype} {value.shape}"
             raise CorruptError(f"{self._weights.file.path} takes '{spec.name}' as {spec.shape}: it is {found}", _REMEDY)
         if spec.dtype == "float32":
             return np.ascontiguousarray(value)
-        if value.size and not 0 <= value.min() <= value.max() < self._weights.table_rows:
+        if not 0 <= value.min() <= value.max() < self._weights.table_rows:
             raise UsageError(f"An id is none of the {self._weights.table_rows} of {self._weights.file.path}")
         return np.ascontiguousarray(value, np.int32)
 

@@ -37,10 +37,7 @@ def open_reference(
         MissingExtraError: torch or transformers is not installed.
         UsageError: cuda was asked for and there is none.
     """
-    torch = require("torch", "export")
-    # transformers imports torchao where it is installed, and torchao's import makes torch log a deprecation.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    require("transformers", "export")
+    torch = require_torch()
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,6 +58,19 @@ def open_reference(
     )
 
 
+def require_torch() -> Any:
+    """torch, with transformers ready beside it.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    torch = require("torch", "export")
+    # transformers imports torchao where it is installed, and torchao's import makes torch log a deprecation.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    require("transformers", "export")
+    return torch
+
+
 def _device_name(torch: Any, device: str) -> str:
     return str(torch.cuda.get_device_name()) if device == "cuda" else device
 
@@ -69,9 +79,7 @@ class TorchSession:
     """One tower of a SiglipModel."""
 
     def __init__(self, checkpoint: Checkpoint, part: str, *, device: str, dtype: str, onednn: bool = True) -> None:
-        import torch
-
-        self._torch = torch
+        self._torch = torch = require_torch()
         self._device = device
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
         self._output = "image_embeds" if part == IMAGE else "text_embeds"

@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 import pytest
 
-import medge
 from medge.checkpoint import Checkpoint
 from medge.demo import IMAGES, MODEL
 from medge.errors import UnsupportedError
@@ -20,6 +19,7 @@ from medge.export.request import Request
 from medge.export.synth import synthesize
 from medge.manifest import Artifact
 from medge.quantize.scheme import load
+from medge.runtimes import open_embedder
 from medge.runtimes.base import RunOptions
 from medge.runtimes.gguf_names import tensor_name
 
@@ -29,7 +29,8 @@ SCHEMES = ("fp32", "fp16", "int8", "int5", "int4", "int4-affine", "int4-nl")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """`made(checkpoint, "int8")` -> the artifact, once a module."""
-    root, done = tmp_path_factory.mktemp("gguf"), {}
+    root = tmp_path_factory.mktemp("gguf")
+    done: dict[tuple[Path, str], Artifact] = {}
 
     def make(source: Path, scheme: str) -> Artifact:
         key = source, scheme
@@ -129,7 +130,7 @@ def test_rows_that_no_block_divides_stay_in_floats(checkpoint: Path, tmp_path: P
     types = {tensor.name: tensor.tensor_type.name for tensor in read(artifact, "image_encoder").tensors}
     assert types["v.patch_embd.weight"] == "F16"  # rows of 14 pixels
     assert types["v.head.attn_v.weight"] == "Q4_0"
-    assert np.isfinite(medge.open(artifact.root).embed_images([min(IMAGES.rglob("*.jpg"))])).all()
+    assert np.isfinite(open_embedder(artifact.root).embed_images([min(IMAGES.rglob("*.jpg"))])).all()
 
 
 def test_the_same_bytes_each_time(checkpoint: Path, tmp_path: Path, made: Callable[..., Artifact]) -> None:
@@ -200,7 +201,7 @@ LIMITS = {"fp32": 0.9999, "fp16": 0.9999, "int8": 0.999}
 def test_the_demo_model_keeps_its_answers(scheme: str, made: Callable[..., Artifact]) -> None:
     images = sorted(IMAGES.rglob("*.jpg"))
     prompts = sorted(path.name for path in IMAGES.iterdir() if path.is_dir())
-    exact, found = (medge.open(made(MODEL, s).root, RunOptions(threads=1)) for s in ("fp32", scheme))
+    exact, found = (open_embedder(made(MODEL, s).root, RunOptions(threads=1)) for s in ("fp32", scheme))
     expected, embedded = exact.embed_images(images), found.embed_images(images)
     assert np.sum(expected * embedded, axis=1).min() >= LIMITS.get(scheme, 0.95)
     tops = [model.scores(x, model.class_embeddings(prompts)) for model, x in ((exact, expected), (found, embedded))]

@@ -24,6 +24,10 @@ WIDTH = 64
 """Of the tiny tower, and so of the language model that mtmd insists on beside it."""
 
 
+KEPT: list[Any] = []
+"""Log callbacks: llama.cpp and ggml call the last one until the process ends."""
+
+
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
 def artifact(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("clip") / "out"
@@ -64,6 +68,7 @@ def context(artifact: Artifact, language_model: Path) -> Iterator[Any]:
     from llama_cpp import llama_cpp, mtmd_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    KEPT.append(quiet)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     mtmd_cpp.mtmd_log_set(quiet, ctypes.c_void_p(0))
     model = llama_cpp.llama_model_load_from_file(str(language_model).encode(), llama_cpp.llama_model_default_params())
@@ -83,7 +88,7 @@ def encoded(context: Any, image: np.ndarray[Any, Any]) -> list[FloatArray]:
     from llama_cpp import mtmd_cpp
 
     height, width = image.shape[:2]
-    pixels = (ctypes.c_uint8 * image.size).from_buffer_copy(np.ascontiguousarray(image))
+    pixels = (ctypes.c_uint8 * image.size).from_buffer_copy(image.tobytes())
     bitmap = mtmd_cpp.mtmd_bitmap_init(width, height, pixels)
     marker = mtmd_cpp.mtmd_default_marker()
     text = mtmd_cpp.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)

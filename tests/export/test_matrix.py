@@ -18,11 +18,14 @@ from medge.export.formats import Target, targets
 from medge.export.parity import centred_cosine
 from medge.export.synth import synthesize
 from medge.manifest import Artifact
-from medge.spec import FloatArray
+from medge.registry import MODELS
+from medge.runtimes.generate import Message
+from medge.spec import ChatSpec, FloatArray, ModelSpec
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "targets.json"
 TARGETS = list(targets())
-BUILDABLE = [target for target in TARGETS if target.support.ok]
+EMBEDDERS = [t for t in TARGETS if t.support.ok and isinstance(MODELS[t.model].spec(), ModelSpec)]
+CHATS = [t for t in TARGETS if t.support.ok and isinstance(MODELS[t.model].spec(), ChatSpec)]
 REFUSED = [t for t in TARGETS if not t.support.ok and (t.model == "medsiglip-448" or t.scheme == "int8")]
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -69,17 +72,60 @@ def check(found: FloatArray, expected: FloatArray, scheme: str) -> None:
     assert centred_cosine(found, expected).min() >= least_centred
 
 
-@pytest.mark.parametrize("target", BUILDABLE, ids=name)
+@pytest.mark.parametrize("target", EMBEDDERS, ids=name)
 def test_what_can_be_built_is_built_and_keeps_its_parity(
     target: Target, reference: Any, run_export: Callable[..., Artifact]
 ) -> None:
-    assert target.model == "medsiglip-448"  # a new one needs its reference here
     artifact = run_export(target.scheme, format=target.format)
     assert all(part.facts["gelu"] == "tanh" for part in artifact.manifest.parts.values())
     assert len(list(artifact.verify())) >= 6
     model = medge.open_embedder(artifact.root)
     check(model.embed_images(reference.images), reference.image_embeddings, target.scheme)
     check(model.embed_texts(reference.texts), reference.text_embeddings, target.scheme)
+
+
+CHAT_BOUNDS = {
+    **dict.fromkeys(("fp32", "fp16"), 0.99999),
+    "bf16": 0.999,
+    "int8": 0.999,
+    "int5": 0.98,
+    **dict.fromkeys(("int4", "int4-affine", "int4-nl", "int4-k"), 0.85),
+}
+"""Least cosine of a position's logits to transformers in fp32."""
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of each chat model."""
+    roots = {model: tmp_path_factory.mktemp("chat") / model for model in {target.model for target in CHATS}}
+    for model, root in roots.items():
+        synthesize(model, "tiny", root)
+    return roots
+
+
+@pytest.mark.parametrize("target", CHATS, ids=name)
+def test_a_chat_model_is_built_and_keeps_its_logits(
+    target: Target, chats: dict[str, Path], run_export: Callable[..., Artifact]
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    root = chats[target.model]
+    artifact = run_export(target.scheme, format=target.format, root=root)
+    generator = medge.open_generator(artifact.root)
+    prompt = generator.prompt([Message("user", ("Describe this image.",))])
+    found = np.concatenate(list(generator.logits(prompt)))
+    generator.close()
+    kind = AutoModelForImageTextToText if artifact.manifest.image else AutoModelForCausalLM
+    model = kind.from_pretrained(root, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt.ids])).logits[0].numpy()
+    cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() >= CHAT_BOUNDS[target.scheme]
+    if target.scheme in ("fp32", "fp16"):
+        assert np.abs(found - expected).max() <= 0.01
+        same = (found.argmax(1) == expected.argmax(1)).mean()
+        assert same >= (1 if target.scheme == "fp32" else 0.9)  # random weights have ties within float16's digits
 
 
 @pytest.mark.parametrize("target", REFUSED, ids=name)

@@ -85,9 +85,9 @@ def test_missing_fields_are_transformers_defaults() -> None:
 
 def test_layer_types_give_the_period() -> None:
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    assert TextConfig(num_hidden_layers=6, layer_types=kinds).sliding_window_pattern == 3  # type: ignore[call-arg]
+    assert TextConfig(num_hidden_layers=6, layer_types=kinds).sliding_window_pattern == 3
     with pytest.raises(ValidationError, match="no regular alternation"):
-        TextConfig(num_hidden_layers=6, layer_types=kinds[::-1])  # type: ignore[call-arg]
+        TextConfig(num_hidden_layers=6, layer_types=kinds[::-1])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_size_t, c_void_p
 from typing import Any
 
 import gguf
@@ -58,9 +59,7 @@ def test_uneven_is_no_worse_than_ggml_s_own_search() -> None:
 
     exact = weights("normal")
     library = ggml.load()
-    quantizer = library._function(
-        "quantize_iq4_nl", ggml.c_size_t, (ggml.c_void_p, ggml.c_void_p, ggml.c_int64, ggml.c_int64, ggml.c_void_p)
-    )
+    quantizer = library._function("quantize_iq4_nl", c_size_t, (c_void_p, c_void_p, c_int64, c_int64, c_void_p))
     theirs = np.empty_like(pack(exact, BlockType.IQ4_NL))
     quantizer(exact.ctypes.data, theirs.ctypes.data, *exact.shape, None)
     ours = error(decoded(pack(exact, BlockType.IQ4_NL), BlockType.IQ4_NL), exact)

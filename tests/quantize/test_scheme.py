@@ -21,8 +21,8 @@ def test_every_scheme_loads_under_its_own_name(name: str) -> None:
 
 
 def test_the_schemes_are_there_from_exact_to_small() -> None:
-    floats, eight = ("fp32", "fp16"), ("int8", "int8-static")
-    assert names() == (*floats, *eight, "palette6", "int5", "int4-mixed", "int4", "int4-affine", "int4-nl", "palette4")
+    wide = ("fp32", "fp16", "bf16", "int8", "int8-static", "palette6", "int5")
+    assert names() == (*wide, "int4-mixed", "int4", "int4-affine", "int4-nl", "int4-k", "palette4")
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(34, [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29, 30]), (6, [2, 5])])

@@ -54,19 +54,23 @@ def hugging_face(gemma: Any, messages: list[Message]) -> list[int]:
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_transformers_processor(gemma: Any, generator: Generator, text: str) -> None:
     image = np.full((30, 20, 3), 7, np.uint8)
+    several = (Message("user", (text, image, image)), Message("assistant", (text,)), Message("user", (image, text)))
     for messages in (
         [Message("user", (text,))],
         [Message("system", (text,)), Message("user", (text, "and", text))],
         [Message("user", (image, text))],
-        [Message("system", (text,)), Message("user", (text, image, image)), Message("assistant", (text,))]
-        + [Message("user", (image, text, image))],
+        [Message("system", (text,)), *several],
     ):
         assert list(generator.prompt(messages).ids) == hugging_face(gemma, messages)
 
 
 def test_images_keep_their_places() -> None:
     texts, images = ChatTemplate(SIMPLE, CHAT).pieces([Message("user", ("a", IMAGE, "b", IMAGE))])
-    assert texts == ["<bos>user:a\n\n<start_of_image>", "<end_of_image>\n\nb\n\n<start_of_image>", "<end_of_image>\n\n;"]
+    assert texts == [
+        "<bos>user:a\n\n<start_of_image>",
+        "<end_of_image>\n\nb\n\n<start_of_image>",
+        "<end_of_image>\n\n;",
+    ]
     assert len(images) == 2
 
 
@@ -110,7 +114,9 @@ def test_a_templates_own_refusal_is_the_users_error() -> None:
         template.pieces([USER])
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}"])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}"]
+)
 def test_a_template_that_is_none_or_reaches_out_is_corrupt(source: str) -> None:
     with pytest.raises(CorruptError):
         ChatTemplate(source, CHAT).pieces([USER])

@@ -205,9 +205,7 @@ def test_a_manifest_that_cannot_be_run(change: Change, kind: type[Exception], me
         medge.open_embedder(own_artifact)
 
 
-@pytest.mark.parametrize(
-    ("format", "package"), [("executorch", "executorch"), ("gguf", "llama_cpp"), ("coreml", "coremltools")]
-)
+@pytest.mark.parametrize(("format", "package"), [("executorch", "executorch"), ("gguf", "llama_cpp")])
 def test_a_missing_extra_is_named(
     format: str, package: str, own_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from medge.errors import UsageError
 from medge.runtimes.generate import (
     GenerateOptions,
+    Message,
     Reply,
     Tally,
     TextStream,
@@ -58,7 +60,7 @@ def test_of_a_character_cut_short_nothing_remains() -> None:
         ([b"STOP"], ("STOP",), []),
         ([b"ab", b"c"], ("bc", "abc"), []),
         ([b"a S", b"T"], ("STOP",), [(0, "a S"), (1, "T")]),
-        ([b"\xe4\xb8", b"\xad!"], ("中",), []),
+        ([b"\xe4\xb8", b"\xad!"], ("中",), [(0, "")]),
     ],
 )
 def test_stop_strings_are_cut_exactly(
@@ -107,6 +109,20 @@ def test_any_cut_into_tokens_gives_the_same_text(text: str, stop: list[str], dat
 def test_options_outside_their_range_are_refused(values: dict) -> None:
     with pytest.raises(UsageError):
         GenerateOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "says"),
+    [
+        ("user", "Hello", "no tuple"),
+        ("user", (3,), "holds a int"),
+        ("user", (None,), "NoneType"),
+        ("tool", ("a",), "role"),
+    ],
+)
+def test_what_is_no_message_is_refused(role: Any, content: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Message(role, content)
 
 
 def test_log_probabilities_sum_to_one_and_survive_large_logits() -> None:

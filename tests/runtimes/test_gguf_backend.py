@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
@@ -40,9 +41,7 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         key = f"{scheme}-{tapped}"
         if key not in done:
             out = root / key
-            request = Request(
-                Checkpoint.open(checkpoint), "gguf", load(scheme), out, {"parity": "off"}, tapped=tapped
-            )
+            request = Request(Checkpoint.open(checkpoint), "gguf", load(scheme), out, {"parity": "off"}, tapped=tapped)
             done[key] = export(request).root
         return done[key]
 
@@ -129,7 +128,9 @@ def test_taps_are_the_blocks_outputs(made: Callable[..., Path], checkpoint: Path
         np.testing.assert_allclose(found[f"tap_{i}"], getattr(expected, "numpy", expected[0].numpy)(), atol=2e-5)
 
 
-@pytest.mark.parametrize("wrong", [pixels()[:, :, :28], pixels().astype(np.float64), np.zeros((0,), np.float32), None])
+@pytest.mark.parametrize(
+    "wrong", [pixels()[:, :, :28], pixels().astype(np.float64), pixels()[:0], np.zeros((0,), np.float32), None]
+)
 def test_inputs_that_the_graph_does_not_take_are_one_line(wrong: Any, made: Callable[..., Path]) -> None:
     with pytest.raises(CorruptError, match="takes 'pixel_values'"):
         run(made(), "image_encoder", {} if wrong is None else {"pixel_values": wrong})
@@ -241,7 +242,7 @@ def header(made: Callable[..., Path]) -> tuple[Path, bytes, int]:
     return made("int4"), raw, min(entry.offset for entry in GgufFile.open(made("int4") / IMAGE).tensors.values())
 
 
-@hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(data=strategies.data())
 def test_no_damage_to_the_header_ends_the_process(
     data: strategies.DataObject, header: tuple[Path, bytes, int], tmp_path: Path
@@ -254,10 +255,8 @@ def test_no_damage_to_the_header_ends_the_process(
     if not own.exists():
         shutil.copytree(root, own)
     (own / IMAGE).write_bytes((raw[:at] + new + raw[at + len(new) :])[: len(raw)])
-    try:
+    with contextlib.suppress(MedgeError):
         run(own, "image_encoder", {"pixel_values": pixels()})
-    except MedgeError:
-        pass
 
 
 def test_a_ggml_of_another_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,13 @@ from medge.cli.inference import ArtifactPath, Templates
 if TYPE_CHECKING:
     from medge.benchmarks.records import CheckResult, ParityMatrix, RunRecord
 
-DataPath = Annotated[Path, typer.Option(help="A folder per class, or a CSV with path and label.")]
+DataPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder per class, or a CSV with path and label; for a chat model, prompts as JSONL. "
+        "Default: what ships with medge."
+    ),
+]
 _OVERALL = {
     "ok": "OK: within every limit",
     "inconclusive": "INCONCLUSIVE: not a pass. More images narrow the intervals",
@@ -35,22 +41,33 @@ def register(app: typer.Typer) -> None:
 
 def capture(
     model: Annotated[str, typer.Argument(help="A model id, or a checkpoint folder.")],
-    data: DataPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="The baseline folder to write.")],
+    data: DataPath = None,
     template: Templates = None,
     variant: Annotated[str | None, typer.Option(help="Preprocessing; default: the model's own.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Of a chat model: use that many of the prompts.")] = None,
     force: Force = False,
 ) -> None:
-    """Run the torch reference over a dataset: CUDA fp16 where there is a GPU, else CPU fp32, named as such."""
+    """Run the torch reference over a dataset; it is named in the baseline with its device and precision."""
     from medge.benchmarks.baseline import TEMPLATES
     from medge.benchmarks.baseline import capture as run
+    from medge.errors import UsageError
     from medge.export.hub import resolve
+    from medge.samples import sample_root
     from medge.spec import variant as as_variant
 
+    checkpoint = resolve(model)
+    if checkpoint.any_spec.task == "generate":
+        if template or variant:
+            raise UsageError("--template and --variant are for encoders", "Leave them out: this is a chat model")
+        _capture_chat(checkpoint.root, data, out, count, replace=force)
+        return
+    if count is not None:
+        raise UsageError("--count is for chat models", "Leave it out, and name a smaller folder with --data")
     with progress() as show:
         baseline = run(
-            resolve(model).root,
-            data,
+            checkpoint.root,
+            data or sample_root(),
             out,
             templates=template or TEMPLATES,
             variant=None if variant is None else as_variant(variant),
@@ -61,21 +78,45 @@ def capture(
     say(f"{out}: {len(manifest.images)} images, {len(manifest.labels)} labels, by {manifest.reference}")
 
 
+def _capture_chat(checkpoint: Path, data: Path | None, out: Path, count: int | None, *, replace: bool) -> None:
+    from medge.benchmarks.chat_baseline import capture as run
+    from medge.benchmarks.chat_data import BUILT_IN
+
+    with progress() as show:
+        baseline = run(
+            checkpoint,
+            data or BUILT_IN,
+            out,
+            count=count,
+            replace=replace,
+            progress=lambda done, total: show("reference", done, total),
+        )
+    manifest = baseline.manifest
+    say(f"{out}: {len(manifest.asked)} prompts, {len(baseline.kept)} places, by {manifest.reference}")
+
+
 def check(
     artifact: ArtifactPath,
     against: Annotated[Path, typer.Option(help="A baseline folder.")],
-    data: Annotated[Path | None, typer.Option(help="Where the baseline's images lie now.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the baseline's images or prompts lie now.")] = None,
     report: ReportPath = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the result as JSON, for medge report.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Judge an artifact: ok, regressed (exit 1) or inconclusive, metric by metric with its interval."""
+    from medge.benchmarks import chat_check, regress
+    from medge.benchmarks.chat_baseline import task_of
     from medge.benchmarks.records import Report
-    from medge.benchmarks.regress import check as run
     from medge.benchmarks.report import render
+    from medge.errors import UsageError
+    from medge.manifest import Artifact
     from medge.runtimes import RunOptions
 
+    chat = Artifact.open(artifact).manifest.task == "generate"
+    if not chat and task_of(against) == "generate":
+        raise UsageError(f"{against} is the baseline of a chat model, not of an encoder", "Name another --against")
+    run = chat_check.check if chat else regress.check
     with progress() as show:
         result = run(
             artifact,
@@ -192,26 +233,45 @@ def _trace(model: str, artifacts: list[Path], *, json: bool) -> None:
 def bench(
     artifact: ArtifactPath,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images a run; an encoder's.")] = 1,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a chat model's prompt; several are measured.")
+    ] = None,
     allow_noise: Annotated[bool, typer.Option("--allow-noise", help="Measure on a busy host, and say so.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the record as JSON, for medge report.")] = None,
     json: Json = False,
 ) -> None:
-    """Load time, latency, throughput, memory and size, in fresh processes, repeated until stable."""
-    from medge.benchmarks.latency import BenchOptions
-    from medge.benchmarks.latency import bench as run
+    """Load time, latency, throughput, memory and size, in fresh processes, repeated until stable.
 
-    options = BenchOptions(threads=threads, batch=batch, allow_noise=allow_noise)
+    Of a chat model: image, prefill, decode and first token, with one thread and with all unless --threads says.
+    """
+    from medge.benchmarks.chat_latency import ChatBenchOptions
+    from medge.benchmarks.chat_latency import bench as bench_chat
+    from medge.benchmarks.latency import BenchOptions
+    from medge.benchmarks.latency import bench as bench_encoder
+    from medge.manifest import Artifact
+
+    chat = Artifact.open(artifact).manifest.task == "generate"
     with progress() as show:
-        record = run(artifact, options, lambda done, total: show("bench", done, total))
+        if chat:
+            options = ChatBenchOptions(
+                threads=(threads,) if threads else None,
+                contexts=tuple(context or ChatBenchOptions.contexts),
+                allow_noise=allow_noise,
+            )
+            record = bench_chat(artifact, options, lambda done, total: show("bench", done, total))
+        else:
+            encoder = BenchOptions(threads=threads, batch=batch, allow_noise=allow_noise)
+            record = bench_encoder(artifact, encoder, lambda done, total: show("bench", done, total))
     if out is not None:
         record.save(out)
     print_json(record.model_dump(mode="json")) if json else print_bench(record)
 
 
 def print_bench(record: RunRecord) -> None:
-    """The record as a table."""
-    from medge.benchmarks.report import seconds, size
+    """The record as a table, a generator's speed as another."""
+    from medge.benchmarks.report import SpeedView, seconds, size
+    from medge.benchmarks.report import rate as shown_rate
 
     rows = []
     for metric, samples in record.samples.items():
@@ -221,6 +281,14 @@ def print_bench(record: RunRecord) -> None:
     subject, conditions = record.artifact, record.conditions
     title = f"{subject.name}: {conditions.runtime}, {conditions.threads} threads, batch {conditions.batch}"
     print_table(title, ["measure", "p50", "p90", "p95", "runs"], rows, numeric=1)
+    speeds = []
+    for view in map(SpeedView, record.generation):
+        share = "–" if view.bandwidth is None else f"{view.bandwidth:.0%}"
+        rates = [seconds(view.first_token), shown_rate(view.prefill), shown_rate(view.decode), share]
+        speeds.append([str(view.speed.threads), str(view.speed.context), *rates])
+    if speeds:
+        columns = ["threads", "prompt", "first token", "prefill tokens/s", "decode tokens/s", "of read bandwidth"]
+        print_table("", columns, speeds, numeric=0)
     rate = record.images_per_second
     say(f"{size(subject.bytes)}; " + (f"{rate:.2f} images/s; " if rate else "") + record.host.cpu)
     for note in record.notes:

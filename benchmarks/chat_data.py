@@ -1,0 +1,224 @@
+"""What a generator is asked: prompts with images, the answers that are right, and plain texts.
+
+A file holds one JSON object a line; paths are relative to it:
+
+{"kind": "f1", "prompt": "What is shown?", "images": ["a.png"], "answer": "a chest x-ray"}
+{"kind": "choice", "prompt": "Which one?\\nA: eye\\nB: skin\\nAnswer with one letter.", "images": ["a.png"],
+ "choices": ["A", "B"], "answer": "A"}
+{"kind": "exact", "messages": [{"role": "system", "content": "Answer yes or no."},
+ {"role": "user", "content": ["Is ", {"image": "a.png"}, " a radiograph?"]}], "answer": "yes"}
+{"kind": "text", "prompt": "The heart is of normal size."}
+
+`exact` and `f1` are answered freely, `choice` by the likeliest first token among the choices. A `text` is no
+question: it is read as it stands, for its perplexity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from medge.errors import UsageError
+from medge.manifest import sha256
+from medge.runtimes.generate import Message, Role
+from medge.samples import list_images, sample_root
+from medge.spec import Frozen
+
+Kind = Literal["exact", "f1", "choice", "text"]
+BUILT_IN = "built-in"
+"""The name of the set that ships with medge."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt. Its images are paths."""
+
+    name: str
+    """For reports: where it stands in its file."""
+    kind: Kind
+    messages: tuple[Message, ...]
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What a `text` says."""
+        return "".join(str(part) for part in self.messages[0].content)
+
+    @property
+    def images(self) -> list[Path]:
+        """Its images, in order."""
+        return [part for message in self.messages for part in message.content if isinstance(part, Path)]
+
+
+@dataclass(frozen=True)
+class ChatDataset:
+    """Prompts in a fixed order."""
+
+    source: str
+    """A file, or `BUILT_IN`."""
+    items: tuple[Item, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over all texts and the images' bytes. Where the files lie does not matter."""
+        lines = [json.dumps([item.kind, _plain(item), item.answer, item.choices]) for item in self.items]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def first(self, count: int) -> ChatDataset:
+        """`count` prompts or all, spread evenly over the set."""
+        spread = np.linspace(0, len(self.items) - 1, min(count, len(self.items))).round().astype(int)
+        return ChatDataset(self.source, tuple(self.items[i] for i in dict.fromkeys(spread.tolist())))
+
+
+def _plain(item: Item) -> list[list[str]]:
+    contents = ([sha256(part) if isinstance(part, Path) else str(part) for part in m.content] for m in item.messages)
+    return [[message.role, *content] for message, content in zip(item.messages, contents, strict=True)]
+
+
+class _Image(Frozen):
+    image: str
+
+
+class _Turn(Frozen):
+    role: Role
+    content: str | tuple[str | _Image, ...]
+
+
+class _Line(Frozen):
+    kind: Kind
+    prompt: str = ""
+    images: tuple[str, ...] = ()
+    messages: tuple[_Turn, ...] = ()
+    answer: str = ""
+    choices: tuple[str, ...] = Field(default=(), max_length=26)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Line:
+        if bool(self.prompt) == bool(self.messages):
+            raise ValueError("give either 'prompt' or 'messages'")
+        if self.kind == "text" and (self.messages or self.images):
+            raise ValueError("a text is a 'prompt' alone")
+        if (self.kind == "text") == bool(self.answer):
+            raise ValueError("a question needs its 'answer', and a text has none")
+        if (self.kind == "choice") != bool(self.choices):
+            raise ValueError("'choices' belong to the kind 'choice'")
+        if self.choices and (self.answer not in self.choices or len(set(self.choices)) < 2):
+            raise ValueError("'choices' must be at least two, and the 'answer' one of them")
+        return self
+
+
+def load_prompts(path: str | Path) -> ChatDataset:
+    """Read a set of prompts: a JSONL file, or `BUILT_IN`. No pixels yet.
+
+    Raises:
+        UsageError: nothing there, no prompt in it, a malformed line, or a missing image.
+    """
+    if str(path) == BUILT_IN:
+        return built_in()
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no UTF-8 text", "Write one JSON object a line") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "Pass a JSONL file of prompts") from None
+    items = [_item(path, i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not items:
+        raise UsageError(f"{path} holds no prompts", "Write one JSON object a line")
+    return ChatDataset(str(path.resolve()), tuple(items))
+
+
+def _item(path: Path, number: int, line: str) -> Item:
+    where = f"{path} line {number}"
+    try:
+        parsed = _Line.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}{f', {field}' if field else ''}: {first['msg']}") from None
+    messages = tuple(_messages(path.parent, parsed))
+    item = Item(f"line {number}", parsed.kind, messages, parsed.answer, parsed.choices)
+    for image in item.images:
+        if not image.is_file():
+            raise UsageError(f"{where}: the image '{image}' is missing", "Paths are relative to the file of prompts")
+    return item
+
+
+def _messages(root: Path, line: _Line) -> Iterator[Message]:
+    if line.prompt:
+        yield Message("user", (*(root / image for image in line.images), line.prompt))
+        return
+    for turn in line.messages:
+        content = (turn.content,) if isinstance(turn.content, str) else turn.content
+        yield Message(turn.role, tuple(part if isinstance(part, str) else root / part.image for part in content))
+
+
+def built_in(*, images: bool = True) -> ChatDataset:
+    """The set that ships with medge: three questions about one real image of each kind, and plain texts.
+
+    Without `images`, for models that read none: general questions and the texts.
+    """
+    texts = (Item(f"text {i}", "text", (Message("user", (text,)),)) for i, text in enumerate(TEXTS, start=1))
+    questions = _questions(sample_root()) if images else _general()
+    return ChatDataset(BUILT_IN, (*questions, *texts))
+
+
+def _questions(root: Path) -> Iterator[Item]:
+    """The wordings are among those that the demo generator is taught (medge/demo/findings.py)."""
+    labels = sorted(path.name for path in root.iterdir() if path.is_dir())
+    rng = np.random.default_rng(0)
+    for i, label in enumerate(labels):
+        (image,) = list_images(root / label, 1)
+        others = [other for other in labels if other != label]
+        yield _asked(f"{label}, kind", "f1", image, "What kind of image is this?", f"This is {_article(label)}.")
+        options = [label, *rng.choice(others, 2, replace=False).tolist()]
+        order = rng.permutation(3).tolist()
+        listed = "\n".join(f"{letter}: {options[k]}" for letter, k in zip("ABC", order, strict=True))
+        question = f"Which kind of image is this?\n{listed}\nAnswer with one letter."
+        yield _asked(f"{label}, choice", "choice", image, question, "ABC"[order.index(0)], ("A", "B", "C"))
+        named = label if i % 2 else others[i % len(others)]
+        right = "Yes" if i % 2 else "No"
+        yield _asked(f"{label}, check", "choice", image, f"Yes or no: {named}?", right, ("Yes", "No"))
+
+
+def _asked(name: str, kind: Kind, image: Path, question: str, answer: str, choices: Sequence[str] = ()) -> Item:
+    return Item(name, kind, (Message("user", (image, question)),), answer, tuple(choices))
+
+
+def _article(label: str) -> str:
+    return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
+
+
+def _general() -> Iterator[Item]:
+    for i, (question, answer) in enumerate(GENERAL, start=1):
+        yield Item(f"question {i}", "f1", (Message("user", (question,)),), answer)
+
+
+GENERAL = (
+    ("Which organ pumps the blood? Answer in one word.", "The heart"),
+    ("What does CT stand for?", "Computed tomography"),
+    ("What appears white on a radiograph? Answer briefly.", "Bone"),
+    ("Which imaging method uses sound? Answer briefly.", "Ultrasound"),
+    ("Which organ makes insulin? Answer in one word.", "The pancreas"),
+    ("How many lungs does a person have? Answer in one word.", "Two"),
+)
+TEXTS = (
+    "The heart is of normal size. The lungs are clear, and there is no pleural effusion or pneumothorax.",
+    "On a radiograph, dense bone absorbs most of the beam and appears white, while air is dark.",
+    "Magnetic resonance imaging shows soft tissue in any plane and uses no ionizing radiation.",
+    "A slice of computed tomography is calculated from many projections; its grey levels are densities.",
+    "Haematoxylin stains the nuclei of cells blue, and eosin stains the cytoplasm and the matrix pink.",
+    "The optic disc is the bright oval where the vessels of the retina leave the eye.",
+    "Ultrasound waves are reflected where the density of tissue changes, and the echo gives the picture.",
+    "Compared with the earlier examination, the opacity in the right lower lobe has become smaller.",
+)
+"""Our own sentences: general facts, and findings of nobody."""
