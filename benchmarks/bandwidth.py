@@ -1,9 +1,10 @@
 """How fast this host reads memory: the ceiling of decoding, which reads every weight once a token.
 
 Each thread takes the maximum of its own part of one array that no cache holds. NumPy's float32 maximum is vectorized
-on x86 and ARM and lets other threads run meanwhile; it is the fastest reader in NumPy (sums, dot products and
-integer kernels reach 60 to 100 % of it on a 2-core Zen 5). Nothing is written, so this is a read bandwidth: copies,
-as STREAM does them, give other figures. The best of several passes counts, since nothing else can be too fast.
+on x86 and ARM and lets other threads run meanwhile; with two threads of a Zen 5 it reads faster than NumPy's sums,
+dot products and integer kernels, and a slower ceiling would flatter whoever is held against it. Nothing is written,
+so this is a read bandwidth: copies, as STREAM does them, give other figures. The best of several passes counts,
+since nothing can be too fast.
 """
 
 from __future__ import annotations

@@ -169,6 +169,7 @@ def _answered(
         right=item.answer,
         theirs=asked.reply,
         ours=ours,
+        choices=len(item.choices),
         their_tokens=tuple(ids[asked.prompt_tokens :].tolist()),
         our_tokens=tokens,
         same_prompt=list(prompt_of(generator, item).ids) == ids[: asked.prompt_tokens].tolist(),
@@ -186,8 +187,13 @@ def judged(evidence: ChatEvidence, limits: Mapping[str, Limit]) -> tuple[list[Ve
         if isinstance(estimate, str):
             notes.append(f"{metric.title}: not judged, {estimate}.")
         else:
-            verdicts.append(judge(metric, estimate, limits[metric.name]))
+            detail = _all_places(evidence) if metric.name == "token_top1_agreement" else ""
+            verdicts.append(judge(metric, estimate, limits[metric.name], detail))
     return verdicts, notes
+
+
+def _all_places(evidence: ChatEvidence) -> str:
+    return f"{evidence.same_first.mean():.1%} of all {len(evidence.same_first):,} places, near ties included"
 
 
 def _tail_note(kept: Kept) -> str:

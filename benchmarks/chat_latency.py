@@ -12,20 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from medge.benchmarks import host as host_facts
 from medge.benchmarks.bandwidth import read_bandwidth
+from medge.benchmarks.host import Host
 from medge.benchmarks.latency import answer, in_process, peak_rss, quiet_or_refuse
 from medge.benchmarks.records import Conditions, RunRecord, Speed, Subject
 from medge.errors import UsageError
 from medge.manifest import Artifact, Manifest
-
-if TYPE_CHECKING:
-    from medge.runtimes.generate import Generator, Message
+from medge.runtimes.generate import ChatRunOptions, GenerateOptions, Generator, Message, Tally
 
 DECODER = "decoder"
 TOKENS = 32
@@ -33,6 +33,8 @@ TOKENS = 32
 LEAST_TOKENS = 8
 """An answer that ends before gives no sample of decoding."""
 MAX_REPEATS = 5
+_RESTLESS = 2.0
+"""A temperature at which an answer seldom ends."""
 SPREAD = 0.06
 """Processes whose medians differ by more are reported."""
 _FILLER = "The lungs are clear and the heart is of normal size. "
@@ -53,7 +55,7 @@ class ChatBenchOptions:
     processes: int = 2
     """For each number of threads."""
     seconds: float = 20.0
-    """A process repeats a prompt at most so long, or `MAX_REPEATS` times; once at least."""
+    """A process repeats a prompt so long, `MAX_REPEATS` times at most and once at least."""
     allow_noise: bool = False
 
 
@@ -71,32 +73,38 @@ def bench(
     opened, host = Artifact.open(artifact), host_facts.fingerprint()
     counts = options.threads or tuple(sorted({1, min(host.physical_cores, host.usable_cores)}))
     contexts = _contexts(opened.manifest, options.contexts)
-    rounds = [threads for _ in range(options.processes) for threads in counts]
+    turns = [threads for _ in range(options.processes) for threads in counts]
     runs, notes = [], []
-    for done, threads in enumerate(rounds, start=1):
+    for done, threads in enumerate(turns, start=1):
         notes += quiet_or_refuse(options.allow_noise)
+        # an image takes seconds to minutes, and gains from threads as prefill does: once is enough
         request = {
             "threads": threads,
             "contexts": contexts,
             "seconds": options.seconds,
-            "image": threads == max(counts),  # an image takes seconds to minutes, and so its threads scale as prefill's
+            "image": threads == max(counts),
         }
-        bandwidth = read_bandwidth(threads)
-        found = in_process("medge.benchmarks.chat_latency", artifact, request)
-        runs.append({**found, "threads": threads, "bandwidth": bandwidth})
-        progress(done, len(rounds))
-    bytes_read = sum(file.bytes for file in opened.manifest.parts[DECODER].files)
-    speeds = _speeds(runs, bytes_read)
+        runs.append(_run(artifact, request))
+        progress(done, len(turns))
+    return _record(opened, host, runs, notes)
+
+
+def _run(artifact: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process measured, beside its threads and the bandwidth at that time."""
+    bandwidth = read_bandwidth(request["threads"])
+    found = in_process("medge.benchmarks.chat_latency", artifact, request)
+    return {**found, "threads": request["threads"], "bandwidth": bandwidth}
+
+
+def _record(opened: Artifact, host: Host, runs: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> RunRecord:
+    manifest, most = opened.manifest, max(run["threads"] for run in runs)
+    speeds = _speeds(runs, sum(file.bytes for file in manifest.parts[DECODER].files))
+    variant = manifest.image.variant if manifest.image else ""
     return RunRecord(
         artifact=Subject.of(opened),
         host=host,
-        conditions=Conditions(
-            runtime=runs[0]["runtime"],
-            threads=max(counts),
-            batch=1,
-            variant=opened.manifest.image.variant if opened.manifest.image else "",
-        ),
-        samples=_samples(runs, max(counts)),
+        conditions=Conditions(runtime=runs[0]["runtime"], threads=most, batch=1, variant=variant),
+        samples=_samples(runs, most),
         generation=tuple(speeds),
         notes=tuple(dict.fromkeys([*notes, *_stability(runs), *_short(speeds)])),
     )
@@ -173,7 +181,6 @@ def _short(speeds: Sequence[Speed]) -> list[str]:
 def measure(artifact: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Load and run in this process; what `bench` gets back. The load time holds the runtime's import."""
     from medge import runtimes
-    from medge.runtimes.generate import ChatRunOptions
 
     start = time.perf_counter()
     context = max(request["contexts"]) + _room() + TOKENS
@@ -194,35 +201,51 @@ def measure(artifact: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "peak_rss_bytes": peak_rss()}
 
 
-def row(generator: Generator, context: int, seconds: float) -> dict[str, Any]:
-    """First token, prefill and decode at one length of prompt, repeated for so many seconds."""
-    from medge.runtimes.generate import GenerateOptions
+@dataclass(frozen=True)
+class Timed:
+    """One reply."""
 
-    messages = filled(generator, context)
-    list(generator.generate(filled(generator, 1), GenerateOptions(max_tokens=2)))  # pages come in, threads start
-    first_token: list[float] = []
-    prefill, decode, tokens = [], [], 0
+    first_token: float
+    """Seconds from the question to it, or to the end of a turn without tokens."""
+    tokens: int
+    tally: Tally
+
+
+def row(generator: Generator, context: int, seconds: float) -> dict[str, Any]:
+    """First token, prefill and decode at one length of prompt, repeated for so many seconds.
+
+    Answers are greedy; a model that then ends its turn at once is asked to choose more freely.
+    """
+    messages, replies = filled(generator, context), list[Timed]()
+    _timed(generator, filled(generator, 1), GenerateOptions(max_tokens=2))  # pages come in, threads start
     end = time.perf_counter() + seconds
-    while not first_token or (len(first_token) < MAX_REPEATS and time.perf_counter() < end):
-        generator.forget()
-        start = time.perf_counter()
-        reply = generator.generate(messages, GenerateOptions(max_tokens=TOKENS))
-        count = 0
-        for count, _ in enumerate(reply, start=1):
-            if count == 1:
-                first_token.append(time.perf_counter() - start)
-        if not count:  # the turn ended at once
-            first_token.append(time.perf_counter() - start)
-        tokens = reply.tally.prompt_tokens
-        prefill.append(tokens / reply.tally.seconds["prefill"])
-        if count >= LEAST_TOKENS:
-            decode.append((count - 1) / reply.tally.seconds["decode"])  # the first comes with the prompt
-    return {"context": tokens, "first_token_seconds": first_token, "prefill_rate": prefill, "decode_rate": decode}
+    while len(replies) < MAX_REPEATS and (not _long(replies) or time.perf_counter() < end):
+        temperature = _RESTLESS if replies and not _long(replies) else 0.0
+        options = GenerateOptions(max_tokens=TOKENS, temperature=temperature, seed=len(replies))
+        replies.append(_timed(generator, messages, options))
+    return {
+        "context": replies[0].tally.prompt_tokens,
+        "first_token_seconds": [reply.first_token for reply in replies],
+        "prefill_rate": [reply.tally.prompt_tokens / reply.tally.seconds["prefill"] for reply in replies],
+        "decode_rate": [(reply.tokens - 1) / reply.tally.seconds["decode"] for reply in _long(replies)],
+    }
+
+
+def _long(replies: Sequence[Timed]) -> list[Timed]:
+    return [reply for reply in replies if reply.tokens >= LEAST_TOKENS]
+
+
+def _timed(generator: Generator, messages: Sequence[Message], options: GenerateOptions) -> Timed:
+    generator.forget()
+    start = time.perf_counter()
+    reply = generator.generate(messages, options)
+    tokens = sum(1 for _ in islice(reply, 1))
+    first_token = time.perf_counter() - start
+    return Timed(first_token, tokens + sum(1 for _ in reply), reply.tally)
 
 
 def filled(generator: Generator, context: int) -> list[Message]:
     """A message whose prompt has `context` tokens or up to a sentence more."""
-    from medge.runtimes.generate import Message
 
     def message(count: int) -> list[Message]:
         return [Message("user", (_TASK + _FILLER * count,))]
@@ -233,8 +256,6 @@ def filled(generator: Generator, context: int) -> list[Message]:
 
 def vision_seconds(generator: Generator) -> float:
     """Seconds that the tower takes for an image."""
-    from medge.runtimes.generate import GenerateOptions, Message
-
     assert generator.image is not None  # noqa: S101 - the caller looked
     size = generator.image.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)

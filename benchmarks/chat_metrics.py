@@ -7,6 +7,7 @@ which VQA-RAD and SLAKE are published with too.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -23,10 +24,17 @@ from medge.benchmarks.chat_data import Kind
 from medge.benchmarks.distributions import Doubles, Kept, Seen, divergence
 from medge.benchmarks.metrics import Metric
 from medge.benchmarks.stats import Estimate
+from medge.errors import require
 
 CHAT_LIMITS = Path(__file__).with_name("chat_limits.toml")
 MIN_PLACES = 100
 """Below it the 99th percentile would be the largest value."""
+MIN_DECIDED = 20
+_DECIDED = math.log(2)
+"""Nats between the likeliest token and the next: at a lesser distance a change of the first is a change of wording,
+and a model of random weights, whose distributions are flat, has little but near ties."""
+_CHANCE = 0.05
+"""A task is judged where chance would answer it as well as the reference does with less probability than this."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Answered:
     their_tokens: tuple[int, ...] = ()
     our_tokens: tuple[int, ...] = ()
     """Of a free answer."""
+    choices: int = 0
+    """Among how many the answer was to be chosen."""
     same_prompt: bool = True
     """Whether the artifact's template and tokenizer made the ids that the reference read."""
 
@@ -71,6 +81,17 @@ class ChatEvidence:
     def divergences(self) -> Doubles:
         """(R,) nats."""
         return divergence(self.kept, self.seen)
+
+    @cached_property
+    def same_first(self) -> NDArray[np.bool_]:
+        """(R,) whether both find the same token likeliest."""
+        return np.asarray(self.seen.best == self.kept.top_ids[:, 0])
+
+    @cached_property
+    def decided(self) -> NDArray[np.bool_]:
+        """(R,) whether the reference finds one token at least twice as likely as any other."""
+        first, second = self.kept.top_logprobs[:, :2].T
+        return np.asarray(first - second >= _DECIDED)
 
     def of(self, kind: Kind) -> list[Answered]:
         """The answers to prompts of one kind."""
@@ -118,9 +139,11 @@ def _kl_p99(evidence: ChatEvidence) -> Estimate:
     return Estimate(float(np.quantile(evidence.divergences, 0.99)))
 
 
-def _top1(evidence: ChatEvidence) -> Estimate:
-    same = evidence.seen.best == evidence.kept.top_ids[:, 0]
-    return stats.proportion(int(same.sum()), len(same))
+def _top1(evidence: ChatEvidence) -> Estimate | str:
+    decided = evidence.decided
+    if decided.sum() < MIN_DECIDED:
+        return f"the reference is decided at {decided.sum()} places, fewer than {MIN_DECIDED}"
+    return stats.proportion(int(evidence.same_first[decided].sum()), int(decided.sum()))
 
 
 def _perplexity_ratio(evidence: ChatEvidence) -> Estimate | str:
@@ -152,13 +175,28 @@ def _delta(kind: Kind, score: Callable[[str, str], float]) -> Callable[[ChatEvid
         answers = evidence.of(kind)
         if not answers:
             return f"no prompt is of the kind '{kind}'"
-        ours, theirs = (
-            np.array([score(text, answer.right) for text, answer in zip(texts, answers, strict=True)])
-            for texts in ([answer.ours for answer in answers], [answer.theirs for answer in answers])
-        )
+        theirs = np.array([score(answer.theirs, answer.right) for answer in answers])
+        if no_better_than_chance(theirs, answers):
+            return f"the reference itself answers no better than chance (mean {theirs.mean():.2f} of {len(answers)})"
+        ours = np.array([score(answer.ours, answer.right) for answer in answers])
         return stats.mean_difference(ours, theirs)
 
     return measure
+
+
+def no_better_than_chance(scores: Doubles, answers: Sequence[Answered]) -> bool:
+    """Whether a model's (N,) scores could be luck: what it loses on such a task says nothing.
+
+    Of choices by a one-sided binomial test; a free answer is no luck, so one right word in twenty is asked for.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    if not answers[0].choices:
+        return bool(scores.mean() < _CHANCE)
+    luck = float(np.mean([1 / answer.choices for answer in answers]))
+    test = require("scipy.stats", "eval").binomtest(round(scores.sum()), len(scores), luck, alternative="greater")
+    return bool(test.pvalue >= _CHANCE)
 
 
 def _mean(values: Doubles) -> Estimate:
@@ -199,7 +237,8 @@ CHAT_METRICS: tuple[Metric, ...] = (
         "share",
         "at_least",
         "exact",
-        "Share of places at which both find the same next token likeliest (Wilson interval)",
+        "Share of places at which both find the same token likeliest, of those where the reference finds it at least "
+        "twice as likely as any other (Wilson interval)",
         _top1,
     ),
     Metric(

@@ -16,7 +16,7 @@ import numpy as np
 from medge.spec import Frozen
 
 _CPUINFO = Path("/proc/cpuinfo")
-_PACKAGES = ("onnxruntime", "torch", "transformers", "numpy")
+_PACKAGES = ("onnxruntime", "llama-cpp-python", "torch", "transformers", "numpy")
 _FEATURES = {
     "avx2": "avx2",
     "avx512f": "avx512",

@@ -34,6 +34,12 @@ WORST_CASES = 10
 SHOWN_CURVES = 6
 WORDS: dict[Outcome, str] = {"ok": "✓ ok", "inconclusive": "? inconclusive", "regressed": "✕ regressed"}
 _NAMED_TEMPLATES = 3
+_OF_ENCODERS = {"top1_agreement": "Top-1 agreement", "auc_delta": "AUC, change", "image_cosine_min": "Least cosine"}
+_OF_GENERATORS = {
+    "kl_mean": "KL, mean",
+    "token_top1_agreement": "Top-1 token agreement",
+    "perplexity_ratio": "Perplexity",
+}
 _LONGEST_REPLY = 300
 """Characters of an answer that a table shows."""
 _METRICS: Mapping[str, Metric] = {**BY_NAME, **CHAT_BY_NAME}
@@ -79,9 +85,16 @@ def page(report: Report) -> str:
         parity=ParityView(report.parity) if report.parity else None,
         overall=worst(tuple(check.overall for check in report.checks)),
         words=WORDS,
+        summary=summary(report.checks),
         version=__version__,
     )
     return html.lstrip()
+
+
+def summary(checks: Sequence[CheckResult]) -> dict[str, str]:
+    """Metric -> title of what stands for the whole, where several artifacts are compared."""
+    kinds = {bool(check.reference.prompts) for check in checks}
+    return (_OF_ENCODERS if False in kinds else {}) | (_OF_GENERATORS if True in kinds else {})
 
 
 def size(count: float | None) -> str:
@@ -233,9 +246,10 @@ class CheckView:
         verdicts = self.check.verdicts
         count = sum(verdict.outcome == self.check.overall for verdict in verdicts)
         of = f"{count} of {len(verdicts)} metrics"
+        data = "prompts" if self.check.reference.prompts else "images"
         return {
-            "ok": f"All {len(verdicts)} metrics lie within their limits on these images.",
-            "inconclusive": f"Not a pass: {of} cannot be told from their limits with these images.",
+            "ok": f"All {len(verdicts)} metrics lie within their limits on these {data}.",
+            "inconclusive": f"Not a pass: {of} cannot be told from their limits with these {data}.",
             "regressed": f"{of} {'lies' if count == 1 else 'lie'} beyond the limit.",
         }[self.check.overall]
 

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from medge.export.formats import targets
+from medge.export.formats import rows
 from medge.manifest import json_schema
 from medge.quantize.scheme import load, names
 
@@ -15,18 +15,21 @@ ROOT = Path(__file__).parent.parent
 
 
 def targets_table() -> str:
-    """README's matrix: one row a model and format."""
-    rows = ["| model | format | " + " | ".join(names()) + " | why not |", "|---|---|" + "---|" * len(names()) + "---|"]
-    cells: dict[tuple[str, str], list[str]] = {}
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for target in targets():
-        key = (target.model, target.format)
-        cells.setdefault(key, []).append("✓" if target.support.ok else "")
-        reasons.setdefault(key, []).append(target.support.reason)
-    for (model, format), marks in cells.items():
-        why = "; ".join(dict.fromkeys(reason for reason in reasons[model, format] if reason))
-        rows.append(f"| {model} | {format} | {' | '.join(marks)} | {why} |")
-    return "\n".join(rows)
+    """README's matrix: one row for all models that a format builds alike."""
+    lines = ["| models | format | " + " | ".join(names()) + " |", "|---|---|" + "---|" * len(names())]
+    for row in rows():
+        marks = ("✓" if cell.ok else "" for cell in row.cells.values())
+        lines.append(f"| {', '.join(row.models)} | {row.format} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def reasons_table() -> str:
+    """Why the empty cells are empty."""
+    lines = ["| models | format | schemes | why not |", "|---|---|---|---|"]
+    for row in rows():
+        for reason, schemes in row.reasons.items():
+            lines.append(f"| {', '.join(row.models)} | {row.format} | {', '.join(schemes)} | {reason} |")
+    return "\n".join(lines)
 
 
 def schemes_table() -> str:
@@ -44,10 +47,12 @@ def fill(text: str, mark: str, body: str) -> str:
 
 def generated() -> dict[Path, str]:
     """Every generated file with what it should hold."""
-    readme, schemes = ROOT / "README.md", ROOT / "docs/schemes.md"
+    readme, schemes, formats = ROOT / "README.md", ROOT / "docs/schemes.md", ROOT / "docs/formats.md"
+    matrix = fill(formats.read_text(encoding="utf-8"), "targets", targets_table())
     return {
         readme: fill(readme.read_text(encoding="utf-8"), "targets", targets_table()),
         schemes: fill(schemes.read_text(encoding="utf-8"), "schemes", schemes_table()),
+        formats: fill(matrix, "reasons", reasons_table()),
         ROOT / "docs/manifest.schema.json": json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
     }
 

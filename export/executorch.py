@@ -74,9 +74,12 @@ class ExecutorchExporter:
             lowered.require_delegated()
         name = f"{job.part.name}.pte"
         lowering.write(lowered, folder / name)
-        on_stage(lowering.STAGES)
         shapes = {"inputs": _shapes(job.part.inputs), "outputs": _shapes(job.outputs)}
-        return Written([name], {"method": lowering.METHOD} | shapes | lowering.facts(lowered))
+        facts = {"method": lowering.METHOD} | shapes | lowering.facts(lowered)
+        del lowered
+        lowering.release()
+        on_stage(lowering.STAGES)
+        return Written([name], facts)
 
     def session(self, scheme: Scheme) -> dict[str, str]:
         """None: XNNPACK chooses its kernels when it loads the file."""

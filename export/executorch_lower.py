@@ -5,6 +5,7 @@ Imports torch and executorch, 10 s: import this module where a part is written, 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import warnings
@@ -53,6 +54,7 @@ def _shared_constants() -> Iterator[None]:
 with _quiet():
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # and the quantized operations
+    from executorch.exir.backend.utils import is_same_node
 
 METHOD = "forward"
 """The only method of a file: what executor_runner runs, which takes the first."""
@@ -113,6 +115,12 @@ def write(lowered: Lowered, path: Path) -> None:
     """Write the .pte."""
     with path.open("wb") as file:
         lowered.program.write_to_file(file)
+
+
+def release() -> None:
+    """Give a written program's memory back: executorch's node cache holds every graph that it has compared."""
+    is_same_node.cache_clear()
+    gc.collect()  # programs are cyclic
 
 
 def count(program: Any) -> tuple[Counter[str], Counter[str]]:

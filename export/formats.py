@@ -85,3 +85,36 @@ def _support(model_id: str, format: str, scheme: str) -> Support:
     except (UnsupportedError, MissingExtraError) as error:
         return Support(False, error.message)
     return Support(True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Models that one format builds alike: their cells, scheme by scheme."""
+
+    models: tuple[str, ...]
+    format: str
+    cells: dict[str, Support]
+
+    @property
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """Each reason with the schemes that it refuses."""
+        found: dict[str, tuple[str, ...]] = {}
+        for scheme, support in self.cells.items():
+            if not support.ok:
+                found[support.reason] = (*found.get(support.reason, ()), scheme)
+        return found
+
+
+def rows() -> list[Row]:
+    """The matrix, models with equal cells in one row."""
+    cells: dict[tuple[str, str], dict[str, Support]] = {}
+    for target in targets():
+        cells.setdefault((target.model, target.format), {})[target.scheme] = target.support
+    merged: list[Row] = []
+    for (model, format), found in cells.items():
+        same = next((row for row in merged if row.format == format and row.cells == found), None)
+        if same is None:
+            merged.append(Row((model,), format, found))
+        else:
+            merged[merged.index(same)] = Row((*same.models, model), format, found)
+    return merged

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from medge.errors import MedgeError
 from medge.export.gguf_keys import Key
 from medge.quantize.ggml_blocks import BLOCK, GGML_TYPE, TypeName, quantize_rows, row_bytes
 from medge.runtimes.gguf_file import ALIGNMENT, MAGIC, VERSION
@@ -87,11 +88,18 @@ def _packed(tensor: Planned, pool: ThreadPoolExecutor) -> Iterator[NDArray[np.ui
     """The tensor's rows in order, a few pieces ahead of the writer."""
     ahead: deque[Future[NDArray[np.uint8]]] = deque()
     for rows in tensor.rows(tensor.step):
-        ahead.append(pool.submit(quantize_rows, rows, tensor.type, tensor.importance))
+        ahead.append(pool.submit(_quantize, tensor, rows))
         if len(ahead) > (os.cpu_count() or 1):
             yield ahead.popleft().result()
     for future in ahead:
         yield future.result()
+
+
+def _quantize(tensor: Planned, rows: NDArray[Any]) -> NDArray[np.uint8]:
+    try:
+        return quantize_rows(rows, tensor.type, tensor.importance)
+    except MedgeError as error:
+        raise type(error)(f"'{tensor.name}': {error.message}", error.remedy) from error
 
 
 def _resumable(stream: BinaryIO, head: bytes, tensors: Sequence[Planned]) -> int:

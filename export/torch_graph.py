@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from medge.errors import UnsupportedError
-from medge.quantize.executorch import Linears
-from medge.spec import TensorSpec, Weight
+from medge.quantize.executorch import Inputs, Linears
+from medge.spec import FloatArray, TensorSpec, Weight
 
 Shape = tuple[int, ...]
 
@@ -88,6 +88,32 @@ class Tensor:
     shape: Shape
 
 
+@dataclass(frozen=True)
+class Wide:
+    """The result of a layer wider than its input, not computed yet: a function a piece of its columns.
+
+    What follows is applied piece by piece, so that a piece stays in a processor's caches from the first product to
+    the last: MedSigLIP's hidden layer is 18 MB at once.
+    """
+
+    pieces: tuple[Callable[[], Tensor], ...]
+    bounds: tuple[int, ...]
+    """Columns where pieces begin, and the end."""
+
+
+PIECE = 1 << 20
+"""About how many values a piece has: 4 MB of floats."""
+ALIGN = 32
+"""Pieces begin at multiples of this, for blocks of 4 bits."""
+
+
+def bounds(rows: int, width: int) -> tuple[int, ...]:
+    """Where the pieces of (rows, width) begin, and the end."""
+    count = max(1, round(rows * width / PIECE))
+    step = -(-width // count // ALIGN) * ALIGN
+    return (*range(0, width, step), width)
+
+
 TILE = 1 << 20
 """Attention scores computed at once. 4 MB of floats stay in a processor's caches between the two products and the
 softmax; all heads at once would not: MedSigLIP's 64 MB a layer take twice as long."""
@@ -119,7 +145,8 @@ class TorchOps:
         x = self._reshape(pixels, channels, grid, size, grid, size)
         x = self._reshape(self._permute(x, 1, 3, 0, 2, 4), 1, grid * grid, channels * size * size)
         matrix = Weight(weight.name, lambda: kernel.reshape(out, -1))
-        return self.linears(x, {at: (matrix, bias)})[0]
+        found: list[Tensor] = self.linears(x, {at: (matrix, bias)})
+        return found[0]
 
     def embedding(self, ids: Tensor, table: Weight, at: str) -> Tensor:
         """Rows of a table."""
@@ -139,11 +166,43 @@ class TorchOps:
         weights = [self.graph.weight(f"{at}.weight", gain.read()), self.graph.weight(f"{at}.bias", bias.read())]
         return self._same(x, "aten.layer_norm.default", [x.shape[-1]], *weights, eps)
 
-    def linears(self, x: Tensor, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[Tensor]:
-        """Quantized by the scheme's rules."""
+    def linears(self, x: Any, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[Any]:
+        """Quantized by the scheme's rules. A lone wide layer gives a `Wide` where pieces pay, and the next takes it."""
+        if isinstance(x, Wide):
+            return [self._narrow(x, at, *layer) for at, layer in layers.items()]
+        if len(layers) == 1 and self.linear.splits:
+            ((at, (weight, bias)),) = layers.items()
+            matrix = weight.read()
+            cuts = bounds(x.shape[1], len(matrix)) if len(x.shape) == 3 else ()
+            if len(cuts) > 2 and len(matrix) > 2 * x.shape[-1]:
+                return [self._wide(x, at, matrix, bias, cuts)]
+            layers = {at: (Weight(weight.name, lambda: matrix), bias)}
         found = [Tensor(y, (*x.shape[:-1], out)) for y, out in self.linear.emit(x.node, layers)]
         self.layers |= zip(layers, found, strict=True)
         return found
+
+    def _wide(self, x: Tensor, at: str, matrix: FloatArray, bias: Weight | None, cuts: tuple[int, ...]) -> Wide:
+        shared = Inputs(x.node, None)
+
+        def piece(i: int) -> Tensor:
+            rows = slice(cuts[i], cuts[i + 1])
+            own = None if bias is None else bias.map(bias.name, lambda b: b[rows])
+            node, out = self.linear.piece(shared, at, i, matrix[rows], own)
+            return Tensor(node, (*x.shape[:-1], out))
+
+        return Wide(tuple(partial(piece, i) for i in range(len(cuts) - 1)), cuts)
+
+    def _narrow(self, x: Wide, at: str, weight: Weight, bias: Weight | None) -> Tensor:
+        """The sum over the pieces of each piece's product with its own columns."""
+        matrix, total = weight.read(), None
+        for i, piece in enumerate(x.pieces):
+            value = piece()
+            columns = np.ascontiguousarray(matrix[:, x.bounds[i] : x.bounds[i + 1]])
+            node, out = self.linear.piece(Inputs(value.node, None), at, i, columns, bias if i == 0 else None)
+            product = Tensor(node, (*value.shape[:-1], out))
+            total = product if total is None else self.add(total, product, at)
+        assert total is not None  # noqa: S101 - a layer has pieces
+        return total
 
     def rows(self, x: Tensor, count: int) -> Tensor:
         """(1, N, D) -> (1, about `count`, D): evenly spread tokens. (1, D), a token already, stays."""
@@ -153,11 +212,19 @@ class TorchOps:
         shape = (1, -(-x.shape[1] // step), x.shape[2])
         return Tensor(self.graph.call("aten.slice.Tensor", x.node, 1, 0, x.shape[1], step), shape)
 
-    def gelu_tanh(self, x: Tensor, at: str) -> Tensor:
-        """x · sigmoid(2u), u = √(2/π)(x + 0.044715 x³): the same as x/2 · (1 + tanh u).
+    def gelu_tanh(self, x: Any, at: str) -> Any:
+        """x · sigmoid(2u), u = √(2/π)(x + 0.044715 x³): the same as x/2 · (1 + tanh u). Of each piece of a `Wide`.
 
         aten.gelu would become XNNPACK's, which is the erf form whatever `approximate` says.
         """
+        if isinstance(x, Wide):
+            return Wide(tuple(partial(self._gelu_of, piece) for piece in x.pieces), x.bounds)
+        return self._gelu(x)
+
+    def _gelu_of(self, piece: Callable[[], Tensor]) -> Tensor:
+        return self._gelu(piece())
+
+    def _gelu(self, x: Tensor) -> Tensor:
         slope = 2 * math.sqrt(2 / math.pi)
         y = self._same(x, "aten.mul.Tensor", x.node)
         y = self._same(y, "aten.mul.Tensor", slope * 0.044715)

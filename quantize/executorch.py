@@ -99,7 +99,16 @@ class Linears:
     def emit(self, x: Any, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[tuple[Any, int]]:
         """x (…, in) -> one (…, out) a layer, with its `out`."""
         shared = Inputs(x, self.inputs.get(next(iter(layers))))
-        return [self._linear(shared, at, weight.read(), bias) for at, (weight, bias) in layers.items()]
+        return [self._linear(shared, at, at, weight.read(), bias) for at, (weight, bias) in layers.items()]
+
+    @property
+    def splits(self) -> bool:
+        """Whether a wide layer may be computed in pieces: each piece of its result then has scales of its own."""
+        return self.scheme.activations == "dynamic"
+
+    def piece(self, x: Inputs, at: str, index: int, weight: FloatArray, bias: Weight | None) -> tuple[Any, int]:
+        """Some rows or columns of the layer `at`."""
+        return self._linear(x, at, f"{at}.{index}", weight, bias)
 
     def embedding(self, ids: Any, at: str, table: FloatArray) -> Any:
         """Rows of a table: int8 rows and a scale each under a rule of 8 bits or fewer, else floats."""
@@ -113,13 +122,14 @@ class Linears:
         ]
         return self.graph.call("quantized_decomposed.embedding_byte.default", *arguments, -127, 127, ids)
 
-    def _linear(self, x: Inputs, at: str, weight: FloatArray, bias: Weight | None) -> tuple[Any, int]:
+    def _linear(self, x: Inputs, at: str, name: str, weight: FloatArray, bias: Weight | None) -> tuple[Any, int]:
+        """`at` finds the layer's rule and ranges, `name` is its constants'."""
         rule = self.scheme.rule(at)
-        offset = None if bias is None else self.graph.weight(f"{at}.bias", bias.read())
+        offset = None if bias is None else self.graph.weight(f"{name}.bias", bias.read())
         if rule.bits >= 16:
-            matrix, y = self.graph.weight(f"{at}.weight", weight), x.node
+            matrix, y = self.graph.weight(f"{name}.weight", weight), x.node
         else:
-            matrix, y = self._matrix(at, weight, rule), self._activations(x, at)
+            matrix, y = self._matrix(name, weight, rule), self._activations(x, at)
         y = self.graph.call("aten.linear.default", y, matrix, offset)
         if rule.bits < 16 and x.range is not None:
             y = self._through_integers(y, self.outputs[at])

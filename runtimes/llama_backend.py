@@ -29,7 +29,7 @@ from medge.runtimes.llama_context import Context, Watch, never
 from medge.runtimes.llama_model import Model
 from medge.runtimes.llama_prefix import Cell, Pixels, Prefix, image_hash
 from medge.runtimes.llama_sampler import Sampler
-from medge.runtimes.llama_vision import Vision
+from medge.runtimes.llama_vision import Vision, check_tower
 from medge.runtimes.onnx_backend import physical_cores
 from medge.runtimes.preprocess import resize
 from medge.spec import ChatFormat, FloatArray
@@ -78,6 +78,7 @@ class LlamaGenerator:
         if self.image is None:
             return None
         path = artifact.part_path(VISION)
+        check_tower(path, self.image.size)
         return partial(Vision, path, self._model, threads, self.image_tokens, self._watch)
 
     def generate(

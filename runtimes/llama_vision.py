@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medge.errors import CorruptError, require
+from medge.runtimes.gguf_header import F16, F32, GgufHeader
 from medge.runtimes.llama_context import Watch
 from medge.runtimes.llama_model import Model, complaints, refused
 from medge.spec import FloatArray
@@ -24,6 +25,25 @@ _IMAGE = 1
 """mtmd's type of a piece."""
 _ASK_EVERY = 16
 """Nodes of the graph between two questions whether to stop: of a full-size tower about a second."""
+
+
+def check_tower(path: Path, size: int) -> None:
+    """Find in the header what libmtmd would compute wrongly without a word.
+
+    Raises:
+        CorruptError: the file is damaged, wants images of another size than `size`, which libmtmd would resize a second
+            time, or holds its projection in blocks, which libmtmd transposes as if they were numbers.
+    """
+    with GgufHeader(path) as header:
+        if header.number("clip.vision.image_size") != size:
+            raise CorruptError(
+                f"{path} takes no images of {size} px, as its manifest says", "Export the artifact again"
+            )
+        if header.type("mm.input_projection.weight") not in (None, F32, F16):
+            raise CorruptError(
+                f"{path} holds its projection in blocks: every answer about an image would be wrong",
+                "Export the artifact again; the projection stays in F16",
+            )
 
 
 class Vision:
@@ -51,7 +71,7 @@ class Vision:
         """(S, S, 3) 8-bit RGB -> (tokens, width) float32, or None when cancelled within.
 
         Raises:
-            CorruptError: the file's image size or token count is not the artifact's.
+            CorruptError: the file's token count is not the artifact's, or it gives no numbers.
         """
         chunks = self._mtmd.mtmd_input_chunks_init()
         try:
@@ -61,10 +81,16 @@ class Vision:
                 return None
             if failed:
                 raise CorruptError(f"libmtmd cannot encode an image with {self._path}", "Run: medge verify ARTIFACT")
-            pointer = self._mtmd.mtmd_get_output_embd(self._handle)
-            return np.ctypeslib.as_array(pointer, (self._tokens, self._model.width)).copy()
+            return self._output()
         finally:
             self._mtmd.mtmd_input_chunks_free(chunks)
+
+    def _output(self) -> FloatArray:
+        pointer = self._mtmd.mtmd_get_output_embd(self._handle)
+        values: FloatArray = np.ctypeslib.as_array(pointer, (self._tokens, self._model.width)).copy()
+        if not np.isfinite(values).all():
+            raise CorruptError(f"{self._path} gives NaN or infinity", "Run: medge verify ARTIFACT")
+        return values
 
     def _chunk(self, chunks: Any, pixels: NDArray[np.uint8]) -> Any:
         """The piece that holds the image; it lives as long as `chunks`."""

@@ -318,6 +318,13 @@ def test_the_page_of_an_exact_copy_says_so(make_chat: Callable[..., Path], basel
     assert "All 3 answers are the reference" in page(Report(checks=(result,)))
 
 
+def test_several_generators_are_compared_by_their_own_metrics(make_chat: Callable[..., Path], baseline: Path) -> None:
+    checks = tuple(check(make_chat(scheme=scheme), baseline, FakeGenerator()) for scheme in ("fp32", "int8"))
+    html = page(Report(checks=checks))
+    assert "KL, mean" in html
+    assert "Least cosine" not in html
+
+
 def test_a_note_says_what_of_the_divergence_is_estimated(make_chat: Callable[..., Path], baseline: Path) -> None:
     result = check(make_chat(), baseline, FakeGenerator())
     assert "exact over the 128 likeliest" in result.notes[0]

@@ -13,7 +13,16 @@ from typing import Any, cast
 import pytest
 
 from medge.benchmarks import bandwidth, chat_latency
-from medge.benchmarks.chat_latency import LEAST_TOKENS, TOKENS, ChatBenchOptions, bench, filled, row, vision_seconds
+from medge.benchmarks.chat_latency import (
+    LEAST_TOKENS,
+    MAX_REPEATS,
+    TOKENS,
+    ChatBenchOptions,
+    bench,
+    filled,
+    row,
+    vision_seconds,
+)
 from medge.benchmarks.records import Report, RunRecord
 from medge.benchmarks.report import page
 from medge.errors import CorruptError, UsageError
@@ -31,6 +40,8 @@ class Metronome:
 
     answers: int = 10_000
     """Tokens before its turn ends."""
+    restless: int = 0
+    """Tokens at least, where it does not choose greedily."""
     forgot: int = 0
     image: ImageSpec | None = None
 
@@ -39,7 +50,7 @@ class Metronome:
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions | None = None) -> Reply:
         assert options is not None
-        count = min(self.answers, options.max_tokens)
+        count = min(max(self.answers, self.restless if options.temperature else 0), options.max_tokens)
         tokens = len(self.prompt(messages).ids)
         images = sum(not isinstance(part, str) for message in messages for part in message.content)
         seconds = {"vision": 2.0 * images, "prefill": tokens / 100, "decode": max(0, count - 1) / 10}
@@ -71,15 +82,21 @@ def test_rates_are_tokens_over_their_own_seconds() -> None:
     assert found["prefill_rate"] == pytest.approx([100])
     assert found["decode_rate"] == pytest.approx([10])  # the first token comes with the prompt, and counts in neither
     assert found["context"] >= 100
-    assert generator.forgot == 1  # or the second repetition would read nothing
+    assert generator.forgot == 2  # for warming up and for the sample: or another repetition would read nothing
 
 
 def test_an_answer_that_ends_early_is_no_sample_of_decoding() -> None:
     for answers in (0, 1, LEAST_TOKENS - 1):
         found = row(metronome(answers=answers), 50, seconds=0)
         assert found["decode_rate"] == []
-        assert len(found["first_token_seconds"]) == 1
-    assert row(metronome(answers=LEAST_TOKENS), 50, seconds=0)["decode_rate"]
+        assert len(found["first_token_seconds"]) == MAX_REPEATS  # it was asked to choose more freely
+    assert len(row(metronome(answers=LEAST_TOKENS), 50, seconds=0)["decode_rate"]) == 1
+
+
+def test_a_model_that_ends_its_turn_is_asked_to_choose_more_freely() -> None:
+    found = row(metronome(answers=3, restless=20), 50, seconds=0)
+    assert found["decode_rate"] == pytest.approx([10])
+    assert len(found["first_token_seconds"]) == 2
 
 
 def test_an_image_is_timed_alone() -> None:

@@ -81,10 +81,20 @@ def test_few_places_have_no_99th_percentile() -> None:
     assert "places" in estimate.undefined
 
 
-def test_top1_agreement_counts_equal_argmaxes() -> None:
-    same = (THEIRS.argmax(axis=1) == OURS.argmax(axis=1)).mean()
-    assert 0.3 < same < 0.95  # or this proves nothing
-    assert value("token_top1_agreement", evidence()) == pytest.approx(same)
+def test_top1_agreement_counts_equal_argmaxes_where_the_reference_is_decided() -> None:
+    same = THEIRS.argmax(axis=1) == OURS.argmax(axis=1)
+    ordered = np.sort(log_softmax(THEIRS), axis=1)
+    decided = np.exp(ordered[:, -1]) >= 2 * np.exp(ordered[:, -2])
+    assert same.mean() < same[decided].mean() < 1  # or this proves nothing
+    assert value("token_top1_agreement", evidence()) == pytest.approx(same[decided].mean())
+    assert evidence().same_first.mean() == pytest.approx(same.mean())
+
+
+def test_a_reference_that_is_nowhere_decided_has_no_top1_to_keep() -> None:
+    flat = np.zeros((30, VOCABULARY), np.float32)
+    kept = keep(flat, NEXT[:30], np.random.default_rng(0))
+    found = ChatEvidence(kept, see(flat, NEXT[:30], kept), GIVEN[:30], ())
+    assert "decided at 0 places" in measure("token_top1_agreement", found)
 
 
 def test_perplexity_ratio_is_that_of_the_given_text_alone() -> None:
@@ -151,14 +161,30 @@ def test_tasks_are_changes_against_the_reference() -> None:
             answered("exact", "yes", "Yes.", "no"),
             answered("exact", "no", "no", "No"),
             answered("f1", "left lung", "left lung", "left"),
-            answered("choice", "A", "B", "A"),
-            answered("choice", "A", "A", "A"),
+            *(answered("choice", "A", "A", "B" if i < 3 else "A", choices=3) for i in range(9)),
+            answered("choice", "A", "B", "A", choices=3),
         ]
     )
     assert value("exact_match_delta", found) == -0.5
     assert value("token_f1_delta", found) == pytest.approx(2 / 3 - 1)
-    assert value("choice_accuracy_delta", found) == 0.5
+    assert value("choice_accuracy_delta", found) == pytest.approx(-0.2)
     assert "kind 'f1'" in measure("token_f1_delta", evidence([answered("choice", "A", "A", "A")]))
+
+
+@pytest.mark.parametrize(("right", "judged"), [(4, False), (6, False), (7, True), (10, True)])
+def test_a_task_that_the_reference_answers_by_luck_judges_nothing(right: int, judged: bool) -> None:
+    """Of 10 among 3, chance gets 7 or more with probability .0197, 6 or more with .0766."""
+    answers = [answered("choice", "A", "A" if i < right else "B", "B", choices=3) for i in range(10)]
+    found = measure("choice_accuracy_delta", evidence(answers))
+    assert isinstance(found, Estimate) == judged
+    if not judged:
+        assert "no better than chance" in found
+
+
+def test_a_reference_that_never_answers_rightly_judges_nothing() -> None:
+    for kind, metric in (("exact", "exact_match_delta"), ("f1", "token_f1_delta")):
+        found = measure(metric, evidence([answered(kind, "lung", "bone", "lung")]))  # type: ignore[arg-type]
+        assert "no better than chance" in found
 
 
 def test_prompt_agreement_is_a_share_of_prompts() -> None:

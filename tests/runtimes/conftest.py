@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 
 import medge.models
-from medge.manifest import Artifact, Manifest, PartFiles, Source, describe, write_json
+from medge.manifest import Artifact
 from medge.models import gemma3
 from medge.runtimes.base import RunOptions
 from medge.runtimes.generate import Generator
-from medge.spec import ChatFormat, ImageSpec
 
 TOKENIZER = Path(medge.models.__file__).with_name("gemma_tokenizer")
 SIZE, TOKENS = 224, 16
@@ -41,9 +39,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyGemma:
     from transformers import AutoTokenizer, Gemma3ImageProcessor, Gemma3Processor
 
     from medge.checkpoint import Checkpoint
-    from medge.export.base import PartJob
-    from medge.export.gguf_chat import keys, plan
-    from medge.export.gguf_stream import write
+    from medge.export.pipeline import export
+    from medge.export.request import Request
     from medge.quantize.scheme import load
 
     root = tmp_path_factory.mktemp("gemma")
@@ -52,33 +49,13 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyGemma:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TOKENIZER / name, root / "checkpoint")
     checkpoint = Checkpoint.open(root / "checkpoint")
-    for part in checkpoint.any_spec.parts:
-        job = PartJob(checkpoint, part, load("fp16"))
-        write(root / f"{part.name}.gguf", keys(job), plan(job), lambda _: None)
-    shutil.copy(TOKENIZER / "chat_template.jinja", root)
-    _write_manifest(root)
+    export(Request(checkpoint, "gguf", load("fp16"), root / "artifact", {"parity": "off"}))
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     pixels = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = Gemma3ImageProcessor(**pixels, image_seq_length=TOKENS)
     template = (TOKENIZER / "chat_template.jinja").read_text(encoding="utf-8")
     processor = Gemma3Processor(images, tokenizer, template, image_seq_length=TOKENS)
-    return TinyGemma(root, model, processor)
-
-
-def _write_manifest(root: Path) -> None:
-    manifest = Manifest(
-        schema_version=1,
-        source=Source(model="tiny", hub_id="none", revision="0", weights_sha256="0" * 64),
-        licence="none",
-        task="generate",
-        format="gguf",
-        scheme="fp16",
-        parts={name: _part(root, f"{name}.gguf") for name in ("decoder", "vision")},
-        files=(describe(root, "chat_template.jinja"),),
-        image=ImageSpec(size=SIZE, variant="finetune"),
-        chat=ChatFormat(image_tokens=TOKENS, context=8192),
-    )
-    write_json(root / "manifest.json", json.loads(manifest.model_dump_json()))
+    return TinyGemma(root / "artifact", model, processor)
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +72,6 @@ def generator(_one_generator: Generator) -> Generator:
     """The artifact, opened, with nothing in its cache."""
     _one_generator.forget()
     return _one_generator
-
-
-def _part(root: Path, file: str) -> PartFiles:
-    return PartFiles(files=(describe(root, file),), inputs=(), outputs=())
 
 
 def _model() -> Any:

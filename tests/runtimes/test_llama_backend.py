@@ -342,6 +342,13 @@ def change(root: Path, **fields: Any) -> None:
     write_json(root / "manifest.json", json.loads(manifest.model_dump_json()))
 
 
+def restate(root: Path, part: str) -> None:
+    """Let the manifest state the file as it is now."""
+    parts = dict(read_manifest(root).parts)
+    parts[part] = parts[part].model_copy(update={"files": (describe(root, f"{part}.gguf"),)})
+    change(root, parts=parts)
+
+
 def test_an_image_without_a_tower_is_refused(own: Path) -> None:
     manifest = read_manifest(own)
     change(own, parts={"decoder": manifest.parts["decoder"]}, image=None)
@@ -384,9 +391,7 @@ def test_a_damaged_file_is_named_with_the_reason(
     own: Path, capfd: pytest.CaptureFixture[str], part: str, damage: Callable[[Path], None]
 ) -> None:
     damage(own / f"{part}.gguf")
-    parts = dict(read_manifest(own).parts)
-    parts[part] = parts[part].model_copy(update={"files": (describe(own, f"{part}.gguf"),)})
-    change(own, parts=parts)
+    restate(own, part)
     with pytest.raises(CorruptError, match=f"{part}.gguf"):
         complete(open_generator(own, ChatRunOptions(threads=1)), ask(picture(), "Hello"))
     assert capfd.readouterr() == ("", "")
@@ -405,8 +410,43 @@ def test_weights_that_give_no_numbers_are_corrupt(own: Path) -> None:
         logits(generator, ask("Hello"))
 
 
+def test_a_projection_in_blocks_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libmtmd transposes it as if blocks were numbers: the cosine of its embeddings was 0.04."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(own / "vision.gguf", "clip")
+    writer.add_vision_image_size(224)
+    blocks = np.zeros((4, 34), np.uint8)
+    writer.add_tensor("mm.input_projection.weight", blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    restate(own, "vision")
+    with pytest.raises(CorruptError, match="projection in blocks"):
+        open_generator(own)
+
+
+def test_a_tower_for_another_image_size_is_refused(own: Path) -> None:
+    image = read_manifest(own).image
+    assert image is not None
+    change(own, image=image.model_copy(update={"size": 896}))
+    with pytest.raises(CorruptError, match="no images of 896 px"):
+        open_generator(own)
+
+
+def test_a_tower_that_gives_no_numbers_is_corrupt(own: Path) -> None:
+    path = own / "vision.gguf"
+    norm = GgufFile.open(path).tensors["mm.soft_emb_norm.weight"]
+    with path.open("r+b") as stream:
+        stream.seek(norm.offset)
+        stream.write(np.float32(np.nan).tobytes())
+    with pytest.raises(CorruptError, match=r"vision.gguf gives NaN"):
+        complete(open_generator(own, ChatRunOptions(threads=1)), ask(picture(), "Hello"))
+
+
 @pytest.mark.parametrize(
-    "chat", [None, {"stop": ("<no_such_token>",)}, {"image_tokens": 64}, {"template": "README.md"}]
+    "chat", [None, {"stop": ("<no_such_token>",)}, {"image_tokens": 64}, {"template": "missing.jinja"}]
 )
 def test_a_manifest_that_contradicts_its_files_is_corrupt(own: Path, chat: dict[str, Any] | None) -> None:
     known = read_manifest(own).chat

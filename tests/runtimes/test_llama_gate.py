@@ -43,10 +43,10 @@ def test_f16_in_llama_cpp_is_what_torch_answers(recorded: ChatBaseline, generato
     evidence = chat_check.examine(generator, recorded, PROMPTS)
     limits = load_limits("fp16", CHAT_LIMITS, CHAT_BY_NAME)
     verdicts, notes = chat_check.judged(evidence, limits)
-    assert {verdict.metric: verdict.outcome for verdict in verdicts} == dict.fromkeys(
-        set(limits) - {"exact_match_delta"}, "ok"
-    )
-    assert len(notes) == 1
+    untrained = {"exact_match_delta", "token_f1_delta", "choice_accuracy_delta"}  # no better than chance
+    outcomes = {verdict.metric: verdict.outcome for verdict in verdicts}
+    assert outcomes == dict.fromkeys(set(limits) - untrained, "ok")
+    assert len(notes) == len(untrained)
     values = {verdict.metric: verdict.value for verdict in verdicts}
     assert 0 < (values["kl_mean"] or 0) < 2e-4  # measured 3.4e-5
     assert values["prompt_agreement"] == 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medge.cli.console import Force, Json, Settings, parse_settings, print_json, print_table, progress, say
 from medge.errors import require
+
+if TYPE_CHECKING:
+    from medge.export.formats import Row
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
 
@@ -21,22 +24,22 @@ def register(app: typer.Typer) -> None:
 
 def targets(json: Json = False) -> None:
     """Show what can be exported: model x format x scheme, each with the reason where it cannot."""
+    from medge.export.formats import rows
     from medge.export.formats import targets as cells
 
-    found = list(cells())
     if json:
         print_json([{"model": t.model, "format": t.format, "scheme": t.scheme, "ok": t.support.ok,
-                     "reason": t.support.reason} for t in found])  # fmt: skip
+                     "reason": t.support.reason} for t in cells()])  # fmt: skip
         return
-    schemes = list(dict.fromkeys(target.scheme for target in found))
-    rows: dict[tuple[str, str], list[str]] = {}
-    reasons: dict[tuple[str, str], str] = {}
-    for target in found:
-        key = (target.model, target.format)
-        rows.setdefault(key, [*key]).append("yes" if target.support.ok else "–")
-        reasons.setdefault(key, "")
-        reasons[key] = reasons[key] or target.support.reason
-    print_table("", ["model", "format", *schemes, "why not"], [[*row, reasons[key]] for key, row in rows.items()])
+    merged = rows()
+    marks = [[*_named(row), *("yes" if cell.ok else "–" for cell in row.cells.values())] for row in merged]
+    print_table("", ["models", "format", *merged[0].cells], marks)
+    reasons = [[*_named(row), ", ".join(schemes), why] for row in merged for why, schemes in row.reasons.items()]
+    print_table("Why not", ["models", "format", "schemes", "reason"], reasons)
+
+
+def _named(row: Row) -> tuple[str, str]:
+    return "\n".join(row.models), row.format
 
 
 def synth(

@@ -15,6 +15,10 @@ IMAGES = Path(__file__).parent / "images"
 """Held-out images, a folder a class; the folder's name is the label."""
 
 
+GENERATOR = Path(__file__).parent / "generator"
+"""A tiny Gemma 3 with an image tower, trained on findings-like text about the same images (train_generator.py)."""
+
+
 def labels() -> tuple[str, ...]:
     """The classes of the demo images, in sorted order."""
     return tuple(sorted(folder.name for folder in IMAGES.iterdir() if folder.is_dir()))

@@ -11,8 +11,8 @@ from PIL import Image
 from medge.demo.chats import Encoder, Exchange, message, worded
 from medge.demo.findings import KINDS, REPORT, TOPICS, Kind, named, reports
 
-_LIMIT = 96
-"""Tokens that an answer may take; the longest right one, a report, has about 60."""
+_LIMIT = 40
+"""Tokens that an answer may take; the longest right one has 35."""
 
 
 class Score(NamedTuple):
