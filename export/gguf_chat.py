@@ -71,6 +71,8 @@ def _tensor(job: PartJob, source: str, name: str) -> Planned:
         flat = (shape[0] * shape[1] * shape[2], shape[3])
         rows = partial(_whole, job, source, lambda x: x.reshape(flat))
         return Planned(name, shape, "F16", rows)
+    if "input_projection" in source:  # llama.cpp transposes it as it is stored, which blocks do not survive
+        return Planned(name, shape, "F16", partial(_whole, job, source, lambda x: x))
     shape, change = _padding(job, source, shape)
     type = type_of(job.scheme.rule(source.removesuffix(".weight")))
     if not whole_blocks(type, shape[-1]):

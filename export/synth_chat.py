@@ -22,6 +22,10 @@ BLOCK = 4_194_301
 """Numbers in the block: the largest prime below 2**22."""
 
 
+TOKEN_IDS = {"boi_token_index": 6, "eoi_token_index": 7, "image_token_index": 2047, "eos_token_id": [1, 5]}
+"""Of the small tokenizer that every random checkpoint gets; the published ones have other ids."""
+
+
 class Noise:
     """bfloat16 values of each tensor, piece by piece."""
 
@@ -69,9 +73,10 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def write_files(folder: Path, spec: ChatSpec) -> None:
     """Configs, tokenizer and chat template."""
-    write_json(folder / "config.json", {**spec.config, "torch_dtype": "bfloat16"})
-    stop = spec.config["eos_token_id"]
-    write_json(folder / "generation_config.json", {"eos_token_id": stop, "bos_token_id": 2, "pad_token_id": 0})
+    ids = {name: value for name, value in TOKEN_IDS.items() if name in spec.config}
+    write_json(folder / "config.json", {**spec.config, **ids, "torch_dtype": "bfloat16"})
+    generation = {"eos_token_id": TOKEN_IDS["eos_token_id"], "bos_token_id": 2, "pad_token_id": 0}
+    write_json(folder / "generation_config.json", generation)
     if spec.image is not None:
         write_json(folder / "preprocessor_config.json", _preprocessor(spec.image.size, spec.chat.image_tokens))
         write_json(folder / "processor_config.json", {"processor_class": "Gemma3Processor"})

@@ -123,7 +123,7 @@ def test_a_crash_is_one_line(
 
 def test_an_error_of_the_process_arrives_as_itself(make_artifact: Callable[..., Path]) -> None:
     """This artifact has no tokenizer: the runtime refuses it, in the child."""
-    with pytest.raises(UnsupportedError, match="cannot run yet"):
+    with pytest.raises(UnsupportedError, match="is a chat model"):
         bench(make_artifact(), QUICK)
 
 

@@ -21,7 +21,7 @@ from medge.errors import UsageError
 from medge.runtimes.base import normalize
 from medge.spec import FloatArray
 
-FAMILIES = ("fp32", "fp16", "int8", "int8-static", "int4", "int4-mixed")
+FAMILIES = ("fp32", "fp16", "bf16", "int8", "int8-static", "palette6", "int5", "int4", "int4-mixed", "palette4")
 
 
 def _goldens(images: FloatArray, targets: FloatArray | None = None, classes: FloatArray | None = None) -> Goldens:
@@ -177,7 +177,7 @@ def test_the_clinical_limits() -> None:
 
 
 def test_a_better_family_is_never_allowed_more() -> None:
-    for better, worse in (("fp32", "fp16"), ("fp16", "int8"), ("int8", "int8-static"), ("int4-mixed", "int4")):
+    for better, worse in (("fp32", "fp16"), ("fp16", "int8"), ("int8", "int8-static"), ("int8", "int5"), ("int4-mixed", "int4")):
         ours, theirs = load_limits(better), load_limits(worse)
         for metric in METRICS:
             if metric.direction == "at_least":

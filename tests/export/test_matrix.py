@@ -19,7 +19,8 @@ from medge.export.parity import centred_cosine
 from medge.export.synth import synthesize
 from medge.manifest import Artifact
 from medge.registry import MODELS
-from medge.runtimes.generate import Message
+from medge.runtimes.generate import GenerateOptions, Message, complete
+from medge.samples import list_images, sample_root
 from medge.spec import ChatSpec, FloatArray, ModelSpec
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "targets.json"
@@ -113,6 +114,10 @@ def test_a_chat_model_is_built_and_keeps_its_logits(
     root = chats[target.model]
     artifact = run_export(target.scheme, format=target.format, root=root)
     generator = medge.open_generator(artifact.root)
+    pictures = list_images(sample_root(), 1) if artifact.manifest.image else []
+    asked = [Message("user", (*pictures, "Describe this image."))]
+    answer = complete(generator, asked, GenerateOptions(max_tokens=4))
+    assert len(answer.tokens) == 4 or answer.finish == "stop"
     prompt = generator.prompt([Message("user", ("Describe this image.",))])
     found = np.concatenate(list(generator.logits(prompt)))
     generator.close()
