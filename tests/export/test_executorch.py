@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from medge.export.base import PartJob
 from medge.export.executorch import ExecutorchExporter
 from medge.manifest import describe
 from medge.quantize.scheme import Rule, load
-from medge.spec import TensorSpec
+from medge.spec import TensorSpec, Weight
 
 pytest.importorskip("executorch")
 
+from medge.export import torch_graph
 from medge.export.executorch_lower import gelu, lower
 from medge.export.torch_graph import ROWS, TILE, Graph, Tensor, TorchOps, tiles
 from medge.quantize.executorch import Linears
@@ -122,6 +124,34 @@ def test_gelu_is_the_tanh_approximation() -> None:
     values = torch.linspace(-12, 12, 128).reshape(1, 8, 16)
     expected = torch.nn.functional.gelu(values, approximate="tanh")
     torch.testing.assert_close(module(values)[0], expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_wide_layer_in_pieces_gives_what_it_gives_whole(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.standard_normal((1, 8, 64)).astype(np.float32))
+    arrays = {"w1": rng.standard_normal((320, 64)) / 8, "b1": rng.standard_normal(320) / 8,
+              "w2": rng.standard_normal((64, 320)) / 18, "b2": rng.standard_normal(64) / 8}  # fmt: skip
+    weights = {name: Weight(name, partial(np.asarray, array, np.float32)) for name, array in arrays.items()}
+
+    def mlp(piece: int) -> tuple[torch.Tensor, int]:
+        monkeypatch.setattr(torch_graph, "PIECE", piece)
+        graph = Graph()
+        ops = TorchOps(graph, Linears(graph, load(scheme)))
+        x = graph.input(TensorSpec(name="x", dtype="float32", shape=(1, 8, 64)))
+        (hidden,) = ops.linears(x, {"fc1": (weights["w1"], weights["b1"])})
+        (y,) = ops.linears(ops.gelu_tanh(hidden, "gelu"), {"fc2": (weights["w2"], weights["b2"])})
+        module = graph.module([y])
+        return module(values)[0], sum(node.target is torch.ops.aten.linear.default for node in module.graph.nodes)
+
+    (whole, two), (split, many) = mlp(1 << 20), mlp(8 * 80)
+    w1, b1, w2, b2 = (torch.from_numpy(weights[name].read()) for name in ("w1", "b1", "w2", "b2"))
+    exact = torch.nn.functional.gelu(values @ w1.T + b1, approximate="tanh") @ w2.T + b2
+    assert (two, many) == (2, 8)
+    errors = [float((y - exact).norm() / exact.norm()) for y in (whole, split)]
+    assert errors[1] < 1.1 * errors[0] < (0.02 if scheme == "int8" else 0.2)
 
 
 @pytest.mark.parametrize(
