@@ -80,7 +80,6 @@ def _obstacle(rule: Rule) -> str:
         ),
         (rule.method == "kmeans", PALETTES),
         (rule.method == "nonlinear" and rule.bits != 4, f"ggml's uneven levels have 4 bits, not {rule.bits}"),
-        (rule.bits == 6, "ggml's 6-bit blocks have 256 values, and rows of 1152 are no multiple of that"),
         (rule.bits == 8 and not rule.symmetric, "ggml has no 8-bit blocks with an offset"),
         (block < BLOCK, f"ggml's blocks have {BLOCK} values: {block} is finer"),
     )

@@ -362,8 +362,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
     assert run_export(parity="3").manifest.parity["text_encoder"].samples == 3
 
 
-def test_progress_names_its_stages(checkpoint: Path, tmp_path: Path) -> None:
+def test_progress_names_its_stages(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from medge.export.pipeline import export
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing measured before
 
     stages: dict[str, int] = {}
     request = Request(

@@ -53,7 +53,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def say(text: str) -> None:
     """A line for people, on stderr."""
-    stderr().print(text, markup=False)
+    stderr().print(text, markup=False, soft_wrap=True)
 
 
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, str]:
