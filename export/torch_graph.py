@@ -96,18 +96,9 @@ class Wide:
     the last: MedSigLIP's hidden layer is 18 MB at once.
     """
 
-    pieces: Callable[[float], list[Callable[[], Tensor]]]
-    """Of a factor that the layer's weights are to be multiplied by, which costs nothing."""
+    pieces: tuple[Callable[[], Tensor], ...]
     bounds: tuple[int, ...]
     """Columns where pieces begin, and the end."""
-    factor: float = 1.0
-    """What the pieces are too large by: the next layer's weights are divided by it."""
-
-
-_SLOPE = 2 * math.sqrt(2 / math.pi)
-_CUBE = _SLOPE * 0.044715
-STRETCH = _CUBE ** (1 / 3)
-"""With z = STRETCH · x the argument of GELU's sigmoid, 2u = slope · x + cube · x³, is z · (z² + slope / STRETCH)."""
 
 
 PIECE = 1 << 20
@@ -193,18 +184,18 @@ class TorchOps:
     def _wide(self, x: Tensor, at: str, matrix: FloatArray, bias: Weight | None, cuts: tuple[int, ...]) -> Wide:
         shared = Inputs(x.node, None)
 
-        def piece(i: int, factor: np.float32) -> Tensor:
+        def piece(i: int) -> Tensor:
             rows = slice(cuts[i], cuts[i + 1])
-            own = None if bias is None else bias.map(bias.name, lambda b: b[rows] * factor)
-            node, out = self.linear.piece(shared, at, i, matrix[rows] * factor, own)
+            own = None if bias is None else bias.map(bias.name, lambda b: b[rows])
+            node, out = self.linear.piece(shared, at, i, matrix[rows], own)
             return Tensor(node, (*x.shape[:-1], out))
 
-        return Wide(lambda factor: [partial(piece, i, np.float32(factor)) for i in range(len(cuts) - 1)], cuts)
+        return Wide(tuple(partial(piece, i) for i in range(len(cuts) - 1)), cuts)
 
     def _narrow(self, x: Wide, at: str, weight: Weight, bias: Weight | None) -> Tensor:
         """The sum over the pieces of each piece's product with its own columns."""
-        matrix, total = weight.read() / np.float32(x.factor), None
-        for i, piece in enumerate(x.pieces(1.0)):
+        matrix, total = weight.read(), None
+        for i, piece in enumerate(x.pieces):
             value = piece()
             columns = np.ascontiguousarray(matrix[:, x.bounds[i] : x.bounds[i + 1]])
             node, out = self.linear.piece(Inputs(value.node, None), at, i, columns, bias if i == 0 else None)
@@ -227,21 +218,17 @@ class TorchOps:
         aten.gelu would become XNNPACK's, which is the erf form whatever `approximate` says.
         """
         if isinstance(x, Wide):
-            stretched = x.pieces(STRETCH)
-            return Wide(lambda factor: [partial(self._stretched_gelu, piece) for piece in stretched], x.bounds, STRETCH)
+            return Wide(tuple(partial(self._gelu_of, piece) for piece in x.pieces), x.bounds)
+        return self._gelu(x)
+
+    def _gelu_of(self, piece: Callable[[], Tensor]) -> Tensor:
+        return self._gelu(piece())
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        slope = 2 * math.sqrt(2 / math.pi)
         y = self._same(x, "aten.mul.Tensor", x.node)
-        y = self._same(y, "aten.mul.Tensor", _CUBE)
-        y = self._same(y, "aten.add.Tensor", _SLOPE)
-        return self._gated(y, x)
-
-    def _stretched_gelu(self, piece: Callable[[], Tensor]) -> Tensor:
-        """STRETCH · gelu(x) of STRETCH · x: one pass over the values less."""
-        z = piece()
-        y = self._same(z, "aten.mul.Tensor", z.node)
-        return self._gated(self._same(y, "aten.add.Tensor", _SLOPE / STRETCH), z)
-
-    def _gated(self, y: Tensor, x: Tensor) -> Tensor:
-        """x · sigmoid(x · y)."""
+        y = self._same(y, "aten.mul.Tensor", slope * 0.044715)
+        y = self._same(y, "aten.add.Tensor", slope)
         y = self._same(y, "aten.mul.Tensor", x.node)
         return self._same(self._same(y, "aten.sigmoid.default"), "aten.mul.Tensor", x.node)
 
