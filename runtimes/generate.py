@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from medge.errors import UsageError
 from medge.runtimes.base import RunOptions
 from medge.runtimes.images import ImageLike, Picture
-from medge.spec import FloatArray, ImageSpec
+from medge.spec import ChatFormat, FloatArray, ImageSpec
 
 _CONTENT = (str, bytes, Path, PIL.Image.Image, np.ndarray, Picture)
 Role = Literal["system", "user", "assistant"]
@@ -151,6 +151,19 @@ class Reply(Iterator[Token]):
 
     def __next__(self) -> Token:
         return next(self._tokens)
+
+
+def context_size(options: RunOptions | None, chat: ChatFormat) -> int:
+    """Tokens that prompt and answer may have together.
+
+    Raises:
+        UsageError: more than the model was made for, or too few to answer in.
+    """
+    asked = options.context if isinstance(options, ChatRunOptions) else None
+    size = min(DEFAULT_CONTEXT, chat.context) if asked is None else asked
+    if not 1 < size <= chat.context:
+        raise UsageError(f"A context of {size:,} tokens", f"The model takes 2 to {chat.context:,}")
+    return size
 
 
 @dataclass(frozen=True)

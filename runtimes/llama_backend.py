@@ -13,8 +13,6 @@ from medge.manifest import Artifact
 from medge.runtimes.base import RunOptions
 from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
 from medge.runtimes.generate import (
-    DEFAULT_CONTEXT,
-    ChatRunOptions,
     GenerateOptions,
     Message,
     Prompt,
@@ -22,6 +20,7 @@ from medge.runtimes.generate import (
     Tally,
     TextStream,
     Token,
+    context_size,
     rated,
 )
 from medge.runtimes.images import load_image
@@ -61,7 +60,7 @@ class LlamaGenerator:
         self._chat = chat = _chat(artifact)
         self.image = artifact.manifest.image if VISION in artifact.manifest.parts else None
         self.image_tokens = chat.image_tokens
-        self.context = _context(options, chat)
+        self.context = context_size(options, chat)
         self._template = ChatTemplate.open(artifact.file(chat.template), chat)
         self._model = Model(artifact.part_path(DECODER))
         self.name = _name(self._model)
@@ -231,14 +230,6 @@ def _chat(artifact: Artifact) -> ChatFormat:
     if VISION in manifest.parts and manifest.image is None:
         raise CorruptError(f"{artifact.root} has an image tower and states no image size", "Export it again")
     return manifest.chat
-
-
-def _context(options: RunOptions, chat: ChatFormat) -> int:
-    asked = options.context if isinstance(options, ChatRunOptions) else None
-    size = min(DEFAULT_CONTEXT, chat.context) if asked is None else asked
-    if not 1 < size <= chat.context:
-        raise UsageError(f"A context of {size:,} tokens", f"The model takes 2 to {chat.context:,}")
-    return size
 
 
 def _name(model: Model) -> str:

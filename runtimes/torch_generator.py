@@ -20,8 +20,6 @@ from medge.errors import UnsupportedError, UsageError, require
 from medge.runtimes.base import RunOptions
 from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
 from medge.runtimes.generate import (
-    DEFAULT_CONTEXT,
-    ChatRunOptions,
     GenerateOptions,
     Message,
     Prompt,
@@ -29,12 +27,13 @@ from medge.runtimes.generate import (
     Tally,
     TextStream,
     Token,
+    context_size,
     rated,
 )
 from medge.runtimes.images import load_image
 from medge.runtimes.preprocess import preprocess
 from medge.runtimes.torch_checkpoint import Vocabulary, chat_template, load
-from medge.spec import ChatSpec, FloatArray
+from medge.spec import FloatArray
 
 FP32_PARAMETERS = 1_000_000_000
 """Up to so many weights fp32 is the default: 4 GB."""
@@ -74,15 +73,9 @@ def open_reference(
         raise UnsupportedError("Gemma 3 overflows in fp16: its activations pass 65,504", "Use bf16 or fp32")
     if options and options.threads:
         torch.set_num_threads(options.threads)
-    return TorchGenerator(checkpoint, device=device, dtype=dtype, context=_context(options, checkpoint.chat_spec))
-
-
-def _context(options: RunOptions | None, spec: ChatSpec) -> int:
-    asked = options.context if isinstance(options, ChatRunOptions) else None
-    size = min(DEFAULT_CONTEXT, spec.chat.context) if asked is None else asked
-    if not 1 < size <= spec.chat.context:
-        raise UsageError(f"A context of {size:,} tokens", f"The model takes 2 to {spec.chat.context:,}")
-    return size
+    return TorchGenerator(
+        checkpoint, device=device, dtype=dtype, context=context_size(options, checkpoint.chat_spec.chat)
+    )
 
 
 class _CancelledError(Exception):
