@@ -41,6 +41,8 @@ class Planned:
     """rows(step): the values as (n, shape[-1]) float32 or bfloat16 bits, about `step` rows at a time."""
     importance: FloatArray | None = None
     """Of each column (shape[-1],), for block types."""
+    skip: Callable[[], None] = lambda: None
+    """Called in place of `rows` when an earlier run wrote the tensor."""
 
     @property
     def bytes(self) -> int:
@@ -66,6 +68,7 @@ def write(path: Path, keys: Sequence[Key], tensors: Sequence[Planned], on_tensor
     with path.open("r+b" if path.exists() else "w+b") as stream:
         done = _resumable(stream, head, tensors)
         for tensor in tensors[:done]:
+            tensor.skip()
             on_tensor(int(np.prod(tensor.shape, dtype=np.int64)))
             start += _padded(tensor.bytes)
         if done == 0:
@@ -81,6 +84,7 @@ def _append(stream: BinaryIO, tensors: Sequence[Planned], on_tensor: Callable[[i
             for packed in _packed(tensor, pool):
                 stream.write(packed.data)
             stream.write(b"\0" * (_padded(tensor.bytes) - tensor.bytes))
+            stream.flush()  # whole for a later run, before anyone waits minutes for the next tensor's shard
             on_tensor(int(np.prod(tensor.shape, dtype=np.int64)))
 
 

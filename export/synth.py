@@ -5,11 +5,12 @@ Random weights prove plumbing, speed and memory, never accuracy.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from medge.errors import UsageError
 from medge.export import synth_chat
 from medge.manifest import write_json
 from medge.registry import FAMILIES, find
+from medge.shards import INDEX, RECIPE, Recipe, Shard, SynthSource
 from medge.spec import AnySpec, ChatSpec, FloatArray, ModelSpec
 from medge.staging import staged
-from medge.tensorfile import DType, shard, write_chunks
+from medge.tensorfile import ITEMSIZE, DType, Produce, chunks, layout, shard, write_chunks
 
 SHARD_BYTES = 2_500_000_000
 SIZES = ("tiny", "full")
@@ -46,28 +48,40 @@ def synthesize(
     *,
     seed: int = 0,
     replace: bool = False,
+    lazy: bool = False,
     on_tensor: Callable[[int], None] = lambda count: None,
 ) -> AnySpec:
     """Write a random checkpoint; `on_tensor(parameters)` is called after each tensor, for a progress bar.
+
+    With `lazy`, its shards are hashed and not written: they are made when an export reads them (medge.shards).
 
     Raises:
         UsageError: an unknown model or size, or `out` exists.
     """
     spec = _spec(model_id, size)
     with staged(out, replace=replace) as folder:
-        if isinstance(spec, ChatSpec):
-            _write_weights(folder, spec, "BF16", synth_chat.Noise(seed, spec.tensors, on_tensor))
-            synth_chat.write_files(folder, spec)
-            _copy_tokenizer("gemma_tokenizer", folder)
+        dtype, produce = _values(spec, seed, on_tensor)
+        files = _shards(spec, dtype)
+        if lazy:
+            shards = {name: _described(tensors, dtype, produce) for name, tensors in files.items()}
+            recipe = Recipe(source=SynthSource(model=model_id, size=size, seed=seed), shards=shards)
+            write_json(folder / RECIPE, recipe.model_dump(mode="json"))
         else:
-            assert isinstance(spec, ModelSpec)  # noqa: S101 - there are two kinds
-            _write_weights(folder, spec, "F32", _Normal(spec, seed, on_tensor))
-            _write_files(folder, spec)
+            for name, tensors in files.items():
+                write_chunks(folder / name, tensors, dtype, produce)
+        _write_index(folder, files, dtype)
+        _write_files(folder, spec)
         (folder / "README.md").write_text(
             f"Seeded random weights in the layout of {json.dumps(spec.id)}, written by `medge synth`: no trained "
             "model.\n"
         )
     return spec
+
+
+def write_shard(source: SynthSource, name: str, shard: Shard, folder: Path) -> None:
+    """Write one shard of a lazy checkpoint, the very bytes that an eager one has."""
+    dtype, produce = _values(_spec(source.model, source.size), source.seed, lambda count: None)
+    write_chunks(folder / name, {key: tuple(value["shape"]) for key, value in shard.tensors.items()}, dtype, produce)
 
 
 def parameters(model_id: str, size: str) -> int:
@@ -124,22 +138,49 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
     return 0.0, gain * math.prod(shape[1:]) ** -0.5
 
 
-def _write_weights(
-    folder: Path, spec: AnySpec, dtype: DType, produce: Callable[[str], Iterable[np.ndarray[Any, Any]]]
-) -> None:
-    shards = list(shard(spec.tensors, SHARD_BYTES, 4 if dtype == "F32" else 2))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i, tensors in enumerate(shards):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        total += write_chunks(folder / name, tensors, dtype, produce)
-        weight_map |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+_Tensors = Mapping[str, tuple[int, ...]]
 
 
-def _write_files(folder: Path, spec: ModelSpec) -> None:
+def _values(spec: AnySpec, seed: int, on_tensor: Callable[[int], None]) -> tuple[DType, Produce]:
+    """What a kind of model is made of, and in which type."""
+    if isinstance(spec, ChatSpec):
+        return "BF16", synth_chat.Noise(seed, spec.tensors, on_tensor)
+    assert isinstance(spec, ModelSpec)  # noqa: S101 - there are two kinds
+    return "F32", _Normal(spec, seed, on_tensor)
+
+
+def _shards(spec: AnySpec, dtype: DType) -> dict[str, _Tensors]:
+    """File name -> its tensors, named as the hub's are."""
+    parts = list(shard(spec.tensors, SHARD_BYTES, ITEMSIZE[dtype]))
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}
+
+
+def _described(tensors: _Tensors, dtype: DType, produce: Produce) -> Shard:
+    """A shard's length, hash and header, without writing it."""
+    size, digest = 0, hashlib.sha256()
+    for chunk in chunks(tensors, dtype, produce):
+        digest.update(chunk)
+        size += memoryview(chunk).nbytes
+    return Shard(bytes=size, sha256=digest.hexdigest(), tensors=layout(tensors, dtype))
+
+
+def _write_index(folder: Path, files: Mapping[str, _Tensors], dtype: DType) -> None:
+    if len(files) == 1:
+        return
+    total = sum(ITEMSIZE[dtype] * math.prod(shape) for tensors in files.values() for shape in tensors.values())
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_files(folder: Path, spec: AnySpec) -> None:
+    """Configs and tokenizer."""
+    if isinstance(spec, ChatSpec):
+        synth_chat.write_files(folder, spec)
+        _copy_tokenizer("gemma_tokenizer", folder)
+        return
+    assert isinstance(spec, ModelSpec)  # noqa: S101 - as above
     config: dict[str, Any] = {**spec.config, "torch_dtype": "float32"}
     write_json(folder / "config.json", config)
     size = {"height": spec.image.size, "width": spec.image.size}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,42 +11,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medge.errors import CorruptError, UnsupportedError, UsageError, WeightsError
-from medge.manifest import sha256
+from medge.errors import CorruptError, UnsupportedError, WeightsError
 from medge.registry import family, spec_of
+from medge.shards import Resident, Shards, Supply, read_json, shards_of
 from medge.spec import AnySpec, ChatSpec, FloatArray, ModelSpec, Weight
-from medge.tensorfile import Entry, read_header
-
-_INDEX = "model.safetensors.index.json"
+from medge.tensorfile import Entry
 
 
 class Checkpoint:
     """Weights that are proven complete before anyone reads them: every tensor there, none surplus, all shaped."""
 
-    def __init__(self, root: Path, any_spec: AnySpec, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, root: Path, any_spec: AnySpec, entries: Mapping[str, Entry], shards: Shards | None = None
+    ) -> None:
         self.root = root
         self.any_spec = any_spec
         """Its shape, of whichever kind; `spec` and `chat_spec` are for who needs one kind."""
         self.entries = entries
-        self._sound: set[str] = set()
+        self.seen: set[str] = set()
+        """Tensors that were read, and found finite by their reader."""
+        self._shards: Shards = shards or Resident()
+        self._left: dict[Path, set[str]] = {}
+        """Of each shard, what nobody is done with."""
+        for name in entries:
+            self._left.setdefault(entries[name].path, set()).add(name)
 
     @classmethod
-    def open(cls, root: str | Path) -> Checkpoint:
-        """Read config.json and the headers of all shards; no weights yet.
+    def open(cls, root: str | Path, supply: Supply | None = None) -> Checkpoint:
+        """Read config.json and the headers of all shards; no weights yet. `supply` brings shards that come and go.
 
         Raises:
-            UsageError: no checkpoint there.
+            UsageError: no checkpoint there, or one whose shards come and go, without `supply`.
             WeightsError: a shard or a tensor is missing.
             CorruptError: truncated, surplus, misshapen, or an invalid config.
         """
         root = Path(root)
-        config = _read_json(root / "config.json")
+        config = read_json(root / "config.json")
         spec, built = spec_of(config, root.resolve().name), family(str(config["model_type"]))
-        found = (entry for path in _shards(root) for entry in read_header(path).items())
-        named = ((built.canonical(name), entry) for name, entry in found)
+        shards = shards_of(root, supply)
+        named = ((built.canonical(name), entry) for name, entry in shards.entries())
         entries = {name: entry for name, entry in named if name not in built.tied}
         _account(root, spec, entries)
-        return cls(root, spec, entries)
+        return cls(root, spec, entries, shards)
 
     @property
     def spec(self) -> ModelSpec:
@@ -77,8 +82,8 @@ class Checkpoint:
         Raises:
             CorruptError: it holds NaN or infinity.
         """
-        value = self._finite(name, self.entries[name].read())
-        self._sound.add(name)
+        value = self._finite(name, self._at_hand(name).read())
+        self.done_with(name)
         return value
 
     def raw_rows(self, name: str, step: int) -> Iterator[NDArray[Any]]:
@@ -86,10 +91,29 @@ class Checkpoint:
 
         float32, or the bits of bfloat16 as uint16. Whoever quantizes them refuses what is not finite.
         """
+        count = self.entries[name].shape[0]
+        for start in range(0, count, step):
+            yield self._at_hand(name).raw_rows(start, min(start + step, count))
+        self.done_with(name)
+
+    def done_with(self, name: str) -> None:
+        """Nobody reads the tensor again: its reader, or an unfinished run before, has all of it."""
+        self.seen.add(name)
+        path = self.entries[name].path
+        self._left[path].discard(name)
+        if not self._left[path]:
+            self._shards.release(path)
+
+    def by_shard(self, names: Iterable[str]) -> list[str]:
+        """Names in the order that reads one shard after the other: a layer may begin in one and end in the next."""
+        return sorted(names, key=lambda name: self.entries[name].path)
+
+    def _at_hand(self, name: str) -> Entry:
         entry = self.entries[name]
-        for start in range(0, entry.shape[0], step):
-            yield entry.raw_rows(start, min(start + step, entry.shape[0]))
-        self._sound.add(name)
+        if not self._left[entry.path]:  # its shard went: all of it may be read once more
+            self._left[entry.path] = {other for other, found in self.entries.items() if found.path == entry.path}
+        self._shards.need(entry.path)
+        return entry
 
     def _finite(self, name: str, value: FloatArray) -> FloatArray:
         # A sum is finite only if every addend is, and needs no temporary of the tensor's size.
@@ -100,10 +124,15 @@ class Checkpoint:
         return value
 
     def check_unread(self) -> None:
-        """Read what nobody has asked for (a folded bias, say): its NaN would otherwise pass unnoticed."""
+        """Read what nobody has asked for (a folded bias, say): its NaN would otherwise pass unnoticed.
+
+        Then let all shards go: one that was read twice, and in part, would stay.
+        """
         for name in self.entries:
-            if name not in self._sound:
+            if name not in self.seen:
                 self.read(name)
+        for path in self._left:
+            self._shards.release(path)
 
     def weight(self, name: str) -> Weight:
         """One tensor, unread; what architectures are built from."""
@@ -127,37 +156,12 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Identity of the weights: the hash of the shards' hashes, in name order."""
-        paths = sorted({entry.path for entry in self.entries.values()})
-        return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+        return hashlib.sha256("".join(self._shards.sha256(path) for path in sorted(self._left)).encode()).hexdigest()
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is no JSON: {error}", "Download it again") from None
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path} holds no JSON object", "Download it again")
-    return value
-
-
-def _shards(root: Path) -> Iterable[Path]:
-    index = root / _INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    for name in names:
-        path = root / name
-        if Path(name).name != name:
-            raise CorruptError(f"{index} points outside its folder: '{name}'", "Download it again")
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing", "Download the whole checkpoint: medge fetch MODEL")
-        yield path
+    @property
+    def stamp(self) -> str:
+        """Tells these weights from changed ones without reading them: an export that was cut goes on at once."""
+        return "".join(self._shards.stamp(path) for path in sorted(self._left))
 
 
 def _account(root: Path, spec: AnySpec, entries: Mapping[str, Entry]) -> None:

@@ -25,7 +25,8 @@ from medge.spec import FloatArray
 _MAX_HEADER = 100_000_000  # the reference implementation's own limit
 DType = Literal["F32", "BF16"]
 """What medge writes."""
-_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of one value."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Entry:
         """The tensor as float32.
 
         Raises:
-            CorruptError: the file ends early (it shrank after its header was read).
+            CorruptError: the file ends early or is gone (it changed after its header was read).
         """
         return self.rows(0, self.shape[0]) if self.shape else self._read(0, 1).reshape(())
 
@@ -66,8 +67,11 @@ class Entry:
         return _to_float32(self._raw(first, count), self.dtype)
 
     def _raw(self, first: int, count: int) -> NDArray[Any]:
-        offset = self.start + first * _ITEMSIZE[self.dtype]
-        raw = np.fromfile(self.path, _numpy_dtype(self.dtype), count, offset=offset)
+        offset = self.start + first * ITEMSIZE[self.dtype]
+        try:
+            raw = np.fromfile(self.path, _numpy_dtype(self.dtype), count, offset=offset)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.path} went away while it was read", "Does another export use it?") from None
         if raw.size != count:
             raise CorruptError(f"{self.path} ends inside '{self.name}'", "Download or copy it again")
         return raw
@@ -100,6 +104,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
 
 
+def entries(path: Path, header: Mapping[str, Any], size: int) -> dict[str, Entry]:
+    """As `read_header`, of a file that is not there yet: its header's tensors and its size are known.
+
+    Raises:
+        CorruptError: the header contradicts itself or the size.
+    """
+    try:
+        base = size - max((int(value["data_offsets"][1]) for value in header.values()), default=0)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise CorruptError(f"The recorded header of {path} is malformed", "Write the folder again") from None
+    return {name: _entry(path, name, value, base, size) for name, value in header.items()}
+
+
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
@@ -116,11 +133,11 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
         start, end = (base + int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CorruptError(f"{path}: the header entry of '{name}' is malformed", "Download it again") from None
-    if dtype not in _ITEMSIZE:
+    if dtype not in ITEMSIZE:
         raise CorruptError(
             f"{path}: '{name}' has dtype {dtype}, weights are F32, F16 or BF16", "Use the original checkpoint"
         )
-    if min(shape, default=0) < 0 or end - start != _ITEMSIZE[dtype] * math.prod(shape) or start < base:
+    if min(shape, default=0) < 0 or end - start != ITEMSIZE[dtype] * math.prod(shape) or start < base:
         raise CorruptError(f"{path}: offsets of '{name}' contradict its shape {shape}", "Download it again")
     if end > size:
         raise CorruptError(f"{path} is truncated: '{name}' ends at byte {end} of {size}", "Download or copy it again")
@@ -130,34 +147,47 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
 def write(path: Path, tensors: Mapping[str, tuple[int, ...]], produce: Callable[[str], FloatArray]) -> int:
     """Write float32 tensors one by one, asking `produce(name)` for each when its turn comes. Returns bytes."""
 
-    def chunks(name: str) -> Iterator[FloatArray]:
+    def whole(name: str) -> Iterator[FloatArray]:
         value = np.asarray(produce(name), "<f4", order="C")
         assert value.shape == tensors[name], (name, value.shape)  # noqa: S101 - our own producer
         yield value
 
-    return write_chunks(path, tensors, "F32", chunks)
+    return write_chunks(path, tensors, "F32", whole)
 
 
-def write_chunks(
-    path: Path,
-    tensors: Mapping[str, tuple[int, ...]],
-    dtype: DType,
-    produce: Callable[[str], Iterable[np.ndarray[Any, Any]]],
-) -> int:
-    """Write tensors of any size: `produce(name)` gives one's raw little-endian values piece by piece. Returns bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+Produce = Callable[[str], Iterable[np.ndarray[Any, Any]]]
+"""A tensor's name -> its raw little-endian values, piece by piece."""
+
+
+def write_chunks(path: Path, tensors: Mapping[str, tuple[int, ...]], dtype: DType, produce: Produce) -> int:
+    """Write tensors of any size. Returns the bytes of their values."""
+    with path.open("wb") as stream:
+        for chunk in chunks(tensors, dtype, produce):
+            stream.write(chunk)
+    return sum(ITEMSIZE[dtype] * math.prod(shape) for shape in tensors.values())
+
+
+def chunks(tensors: Mapping[str, tuple[int, ...]], dtype: DType, produce: Produce) -> Iterator[bytes | memoryview]:
+    """The file's bytes, for who writes or hashes them."""
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **layout(tensors, dtype)}).encode()
+    raw += b" " * (-len(raw) % 8)
+    yield struct.pack("<Q", len(raw)) + raw
+    for name, shape in tensors.items():
+        written = 0
+        for piece in produce(name):
+            yield piece.data
+            written += piece.nbytes
+        assert written == ITEMSIZE[dtype] * math.prod(shape), (name, written, shape)  # noqa: S101 - our own producer
+
+
+def layout(tensors: Mapping[str, tuple[int, ...]], dtype: DType) -> dict[str, dict[str, Any]]:
+    """The header's entry of each tensor, one after the other."""
+    header: dict[str, dict[str, Any]] = {}
     end = 0
     for name, shape in tensors.items():
-        start, end = end, end + _ITEMSIZE[dtype] * math.prod(shape)
+        start, end = end, end + ITEMSIZE[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(raw)) + raw)
-        for name, shape in tensors.items():
-            written = sum(stream.write(piece.data) for piece in produce(name))
-            assert written == _ITEMSIZE[dtype] * math.prod(shape), (name, written, shape)  # noqa: S101 - as above
-    return end
+    return header
 
 
 def shard(
