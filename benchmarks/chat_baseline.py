@@ -21,12 +21,13 @@ from pydantic import Field
 
 from medge.benchmarks import host
 from medge.benchmarks.baseline import BASELINE, GOLDENS, Identity, Progress, quiet
-from medge.benchmarks.chat_data import BUILT_IN, ChatDataset, Item, Kind, built_in, load_prompts
+from medge.benchmarks.chat_data import BUILT_IN, ChatDataset, built_in, load_prompts
 from medge.benchmarks.distributions import TAIL, TOP, Ids, Kept, keep
 from medge.benchmarks.host import Host
 from medge.benchmarks.records import Record
 from medge.errors import CorruptError, RegressedError, UsageError
 from medge.manifest import File, Sha256, describe, sha256
+from medge.prompts import Item, Kind
 from medge.runtimes.chat import IMAGE_TOKEN
 from medge.runtimes.generate import GenerateOptions, Generation, Generator, Message, Prompt, complete
 from medge.runtimes.images import load_image

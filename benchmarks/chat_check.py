@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medge.benchmarks.baseline import Progress, quiet
+from medge.benchmarks.baseline import Progress, quiet, require_same_model
 from medge.benchmarks.chat_baseline import (
     Asked,
     ChatBaseline,
@@ -26,14 +26,15 @@ from medge.benchmarks.chat_baseline import (
     prompt_of,
     prompts,
 )
-from medge.benchmarks.chat_data import ChatDataset, Item
+from medge.benchmarks.chat_data import ChatDataset
 from medge.benchmarks.chat_metrics import CHAT_BY_NAME, CHAT_LIMITS, CHAT_METRICS, Answered, ChatEvidence
 from medge.benchmarks.distributions import Ids, Kept, Seen, see
 from medge.benchmarks.host import fingerprint
 from medge.benchmarks.metrics import Limit, judge, load_limits
 from medge.benchmarks.records import CheckResult, Reference, Reply, Subject, Verdict
 from medge.errors import CorruptError, UsageError, require
-from medge.manifest import Artifact, Manifest
+from medge.manifest import Artifact
+from medge.prompts import Item
 from medge.spec import FloatArray
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ def check(
     """
     require("scipy", "eval")  # before minutes of work, not after
     opened, baseline = Artifact.open(artifact), ChatBaseline.open(against)
-    _same_model(opened.manifest, baseline.manifest)
+    require_same_model(
+        opened.manifest,
+        baseline.manifest,
+        "Export with the image tower, and with the checkpoint's own preprocessing",
+    )
     bounds = load_limits(opened.manifest.scheme, limits, CHAT_BY_NAME)
     dataset = _dataset(baseline.manifest, data)
     generator = opener(artifact) if opener else _open(artifact, options)
@@ -90,21 +95,6 @@ def _open(artifact: Path, options: RunOptions | None) -> Generator:
     from medge import runtimes
 
     return runtimes.open_generator(artifact, options)
-
-
-def _same_model(manifest: Manifest, baseline: ChatBaselineManifest) -> None:
-    if manifest.source.weights_sha256 != baseline.weights_sha256:
-        raise UsageError(
-            f"The artifact was made from other weights ('{manifest.source.model}', "
-            f"{manifest.source.weights_sha256[:12]}…) than the baseline ('{baseline.model}', "
-            f"{baseline.weights_sha256[:12]}…)",
-            "Capture a baseline of the artifact's own checkpoint",
-        )
-    if manifest.image != baseline.image:
-        raise UsageError(
-            f"The artifact preprocesses as {manifest.image}, the baseline as {baseline.image}",
-            "Export with the image tower, and with the checkpoint's own preprocessing",
-        )
 
 
 def _dataset(baseline: ChatBaselineManifest, data: str | Path | None) -> ChatDataset:

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medge.benchmarks import stats
-from medge.benchmarks.chat_data import Kind
 from medge.benchmarks.distributions import Doubles, Kept, Seen, divergence
 from medge.benchmarks.metrics import Metric
 from medge.benchmarks.stats import Estimate
 from medge.errors import require
+from medge.prompts import Kind
 
 CHAT_LIMITS = Path(__file__).with_name("chat_limits.toml")
 MIN_PLACES = 100

@@ -11,6 +11,7 @@ from medge.checkpoint import Checkpoint
 from medge.manifest import Format
 from medge.progress import Progress
 from medge.quantize.calibrate import Range
+from medge.quantize.importance import ImportanceMatrix
 from medge.quantize.scheme import Rule, Scheme
 from medge.runtimes.base import Tensors
 from medge.spec import AnySpec, BuildOptions, FloatArray, Ops, Part, TensorSpec, Weight
@@ -35,6 +36,8 @@ class PartJob:
     scheme: Scheme
     ranges: Mapping[str, Range] = field(default_factory=dict)
     """Calibrated activation ranges by layer, for static schemes."""
+    importance: ImportanceMatrix | None = None
+    """What an error of each weight column costs, for formats that round by it."""
     on_tensor: Callable[[int], None] = lambda count: None
     """Called with the number of weights after each tensor is read, for progress."""
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from medge.export import importance
 from medge.export.observe import observe
 from medge.export.request import Request
 from medge.manifest import write_json
 from medge.quantize.calibrate import Layer, Range, Sensitivity, sensitivity, spend, static_ranges
+from medge.quantize.importance import ImportanceMatrix
 from medge.quantize.scheme import Budget, Rule, Scheme
 from medge.runtimes.base import Tensors
 from medge.runtimes.images import load_image
@@ -40,6 +42,7 @@ class Evidence:
     """Part -> layer -> input range."""
     layers: dict[str, str] = field(default_factory=dict)
     """What the measurement decided, layer by layer, for the manifest."""
+    importance: ImportanceMatrix | None = None
 
 
 StoredBits = Callable[[Rule], float]
@@ -58,7 +61,7 @@ def gather(request: Request, stored_bits: StoredBits, work: Path) -> Evidence:
     if scheme.budget is not None:
         scheme, bits = _spend(request, scheme.budget, stored_bits, work)
         decided |= bits
-    return Evidence(scheme, ranges, decided)
+    return Evidence(scheme, ranges, decided, importance.gather(request, work))
 
 
 def samples(request: Request, part: Part, count: int) -> Iterator[Tensors]:

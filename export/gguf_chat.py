@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,39 @@ from medge.export.gguf_vocabulary import vocabulary
 from medge.models.gemma3 import PROJECTOR, TOWER, Gemma3Config, TextConfig
 from medge.quantize.ggml_blocks import TypeName, engine
 from medge.quantize.gguf import PALETTES
+from medge.quantize.importance import ImportanceMatrix
 from medge.quantize.scheme import Rule, Scheme
 from medge.registry import licence_of
 from medge.runtimes.gguf_file import ALIGNMENT, ValueType
-from medge.spec import FloatArray
+from medge.spec import AnySpec, FloatArray
 
+WITHOUT_IMPORTANCE: frozenset[TypeName] = frozenset(("F32", "F16", "BF16", "Q8_0"))
+"""Types that round every weight alike, whatever it meets."""
 MLP_MULTIPLE = 256
 """Zero-padding of the image tower's MLP under block types, which is exact: 4304 = 16 · 269 becomes 4352."""
 
 
 def plan(job: PartJob) -> list[Planned]:
-    """The part's tensors in the checkpoint's order."""
-    vision = job.part.name == "vision"
-    names = [name for name in job.checkpoint.any_spec.tensors if _is_vision(name) is vision]
-    rename = _names(job, vision)
-    return [_tensor(job, name, rename(name)) for name in names]
+    """The part's tensors in the checkpoint's order, shard by shard."""
+    vision, source = job.part.name == "vision", job.checkpoint
+    order = source.by_shard(name for name in source.any_spec.tensors if is_vision(name) is vision)
+    rename = names(source.any_spec, vision=vision)
+    return [replace(_tensor(job, name, rename(name)), skip=partial(source.done_with, name)) for name in order]
 
 
-def _is_vision(name: str) -> bool:
+def is_vision(name: str) -> bool:
+    """Whether a checkpoint's tensor belongs to the image tower or its projector."""
     return name.startswith((TOWER, PROJECTOR))
 
 
-def _names(job: PartJob, vision: bool) -> Callable[[str], str]:
+def names(spec: AnySpec, *, vision: bool) -> Callable[[str], str]:
+    """A checkpoint's tensor -> GGUF's, in one of the two files.
+
+    The function raises UnsupportedError for a tensor that GGUF has no name for.
+    """
     import gguf
 
-    config = job.checkpoint.any_spec.config
+    config = spec.config
     text = config.get("text_config", config)
     blocks = (config["vision_config"] if vision else text)["num_hidden_layers"]
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ if vision else gguf.MODEL_ARCH.GEMMA3, blocks)
@@ -76,9 +84,19 @@ def _tensor(job: PartJob, source: str, name: str) -> Planned:
     shape, change = _padding(job, source, shape)
     type = type_of(job.scheme.rule(source.removesuffix(".weight")))
     if not whole_blocks(type, shape[-1]):
+        type = _NARROWER.get(type, "F16")
+    if not whole_blocks(type, shape[-1]):
         type = "F16"
     rows = partial(_whole, job, source, change) if change else partial(job.checkpoint.raw_rows, source)
-    return Planned(name, shape, type, rows)
+    return Planned(name, shape, type, rows, _importance(job, name, type, shape[-1]))
+
+
+def _importance(job: PartJob, name: str, type: TypeName, width: int) -> FloatArray | None:
+    """(width,) of a tensor's columns; columns of padding, which are zero, have none."""
+    if job.importance is None or type in WITHOUT_IMPORTANCE:
+        return None
+    found = job.importance.of(name)
+    return None if found is None else _pad((width,), found)
 
 
 def _exact(job: PartJob, source: str, name: str, shape: tuple[int, ...]) -> Planned:
@@ -132,6 +150,10 @@ _TYPES: dict[tuple[int, bool, str], TypeName] = {
 }
 """(bits, symmetric, how levels lie) -> ggml's type."""
 
+_NARROWER: dict[TypeName, TypeName] = {"Q4_K": "Q5_1", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""For rows that super-blocks of 256 do not divide (640 of Gemma 3 270M, 1152 of 1B): the smallest blocks of 32 with at
+least as many bits. llama.cpp does likewise, with Q5_0 for Q4_K."""
+
 
 def type_of(rule: Rule) -> TypeName:
     """What stores a rule's tensors.
@@ -173,10 +195,13 @@ def write(job: PartJob, folder: Path) -> Written:
         stored[tensor.type] += tensor.bytes
     main = max((t.type for t in tensors if len(t.shape) > 1), key=stored.__getitem__)
     number = _FILE_TYPES["Q4_K_M" if main == "Q4_K" else main]
-    header = [*keys(job), Key("general.file_type", ValueType.UINT32, number)]
+    matrix = job.importance if any(tensor.importance is not None for tensor in tensors) else None
+    used = [] if matrix is None else list(_importance_keys(matrix))
+    header = [*keys(job), *used, Key("general.file_type", ValueType.UINT32, number)]
     gguf_stream.write(folder / name, header, tensors, job.on_tensor)
     shares = ", ".join(f"{size / stored.total():.1%} {kind}" for kind, size in stored.most_common())
-    return Written([name], {"stored": shares, "quantized by": engine()})
+    facts = {"stored": shares, "quantized by": engine()}
+    return Written([name], facts if matrix is None else facts | {"importance": matrix.dataset})
 
 
 _FILE_TYPES = {
@@ -224,6 +249,13 @@ def _general(job: PartJob) -> Iterator[Key]:
     yield Key("general.license", ValueType.STRING, licence_of(spec))
     yield Key("general.alignment", ValueType.UINT32, ALIGNMENT)
     yield Key("general.quantization_version", ValueType.UINT32, 2)
+
+
+def _importance_keys(matrix: ImportanceMatrix) -> Iterator[Key]:
+    """llama-quantize's own, but for the matrix's path."""
+    yield Key("quantize.imatrix.dataset", ValueType.STRING, matrix.dataset)
+    yield Key("quantize.imatrix.entries_count", ValueType.UINT32, len(matrix.sums))
+    yield Key("quantize.imatrix.chunks_count", ValueType.UINT32, matrix.chunks)
 
 
 def _text_keys(job: PartJob) -> Iterator[Key]:

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from medge.export import parity
+from medge.export import importance, parity
 from medge.export.gguf_vocabulary import chat_template
+from medge.export.image_marks import image_mark_flaw
 from medge.export.request import Request
 from medge.manifest import Parity
 from medge.quantize.scheme import Scheme
 from medge.runtimes import open_embedder
 from medge.runtimes.tokenizer import SiglipTokenizer
 from medge.samples import list_images, sample_root, sample_texts
-from medge.spec import ChatSpec
+from medge.spec import ChatSpec, Part
 
 
 class Kind(Protocol):
@@ -35,6 +36,10 @@ class Kind(Protocol):
 
     def fields(self, request: Request) -> dict[str, Any]:
         """The manifest's fields of this kind."""
+        ...
+
+    def facts(self, request: Request, part: Part) -> dict[str, str]:
+        """What a user should know of a part, whatever its format."""
         ...
 
     def parity(self, request: Request, folder: Path) -> dict[str, Parity]:
@@ -77,6 +82,10 @@ class DualEncoder:
             "scalars": request.checkpoint.scalars(),
         }
 
+    def facts(self, request: Request, part: Part) -> dict[str, str]:
+        """None."""
+        return {}
+
     def parity(self, request: Request, folder: Path) -> dict[str, Parity]:
         """Embeddings of sample images and prompts."""
         count = request.parity_samples
@@ -96,8 +105,9 @@ class Chat:
     """MedGemma: a chat template."""
 
     def check(self, request: Request) -> None:
-        """There is a chat template."""
+        """There is a chat template, and what an importance matrix needs."""
         chat_template(request.checkpoint.root)
+        importance.check(request, self.scheme(request))
 
     def scheme(self, request: Request) -> Scheme:
         """Rules for sensitive layers name them."""
@@ -114,6 +124,11 @@ class Chat:
         """Preprocessing and chat format."""
         spec = request.checkpoint.chat_spec
         return {"image": spec.image, "chat": spec.chat}
+
+    def facts(self, request: Request, part: Part) -> dict[str, str]:
+        """Of the image tower: whether the checkpoint knows the token that ends an image."""
+        flaw = image_mark_flaw(request.checkpoint) if part.name == "vision" else ""
+        return {"warning": flaw} if flaw else {}
 
     def parity(self, request: Request, folder: Path) -> dict[str, Parity]:
         """Left to the gate: `medge check` compares logits with a recorded baseline."""

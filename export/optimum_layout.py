@@ -70,7 +70,7 @@ def _manifest(request: Request, folder: Path) -> Manifest:
         task=spec.task,
         format="onnx",
         scheme="fp32",
-        settings=dict(request.settings),
+        settings=request.recorded,
         parts={PART: part},
         image=spec.image.model_copy(update={"variant": request.variant}),
         tokenizer=spec.tokenizer,

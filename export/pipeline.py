@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from medge.manifest import (
     write_json,
 )
 from medge.registry import licence_of
-from medge.spec import Part
+from medge.spec import Frozen, Part
 from medge.staging import staged
 
 _WORK = ".work"
@@ -54,7 +55,8 @@ def export(request: Request) -> Artifact:
     kind = kind_of(request)
     require_support(exporter, request.checkpoint.any_spec, request.scheme)
     kind.check(request)
-    with staged(request.out, replace=request.replace, resume_key=request.key) as folder:
+    with ThreadPoolExecutor(1) as aside, staged(request.out, replace=request.replace, resume_key=request.key) as folder:
+        aside.submit(lambda: request.checkpoint.sha256)  # the manifest needs it at the end: seconds for gigabytes
         (folder / _WORK).mkdir(exist_ok=True)
         _write(request, kind, exporter, folder)
         shutil.rmtree(folder / _WORK)
@@ -66,7 +68,7 @@ def _write(request: Request, kind: Kind, exporter: Exporter, folder: Path) -> No
     evidence = gather(replace(request, scheme=kind.scheme(request)), exporter.stored_bits, folder / _WORK)
     advance = request.counter("write weights", spec.parameters)
     jobs = (part_job(request, part, evidence, advance) for part in spec.parts)
-    parts = {job.part.name: _part(exporter, job, folder) for job in jobs}
+    parts = {job.part.name: _part(exporter, job, folder, kind.facts(request, job.part)) for job in jobs}
     request.checkpoint.check_unread()
     manifest = _manifest(request, kind, exporter, evidence, parts, _texts(request, kind, folder))
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
@@ -85,6 +87,7 @@ def part_job(request: Request, part: Part, evidence: Evidence, on_tensor: Callab
         part,
         evidence.scheme,
         evidence.ranges.get(part.name, {}),
+        evidence.importance,
         on_tensor,
         settings=request.settings,
         tapped=request.tapped,
@@ -93,26 +96,36 @@ def part_job(request: Request, part: Part, evidence: Evidence, on_tensor: Callab
     )
 
 
-def _part(exporter: Exporter, job: PartJob, folder: Path) -> PartFiles:
+def _part(exporter: Exporter, job: PartJob, folder: Path, facts: dict[str, str]) -> PartFiles:
     """Write one part, or take it from an earlier run that was cut after it."""
     note = folder / _WORK / f"{job.part.name}.json"
     finished = _finished(note, folder)
     if finished is not None:
-        return finished
+        for name in finished.read:
+            job.checkpoint.done_with(name)
+        return finished.part
     written = exporter.write(job, folder)
     files = tuple(describe(folder, name) for name in written.files)
-    part = PartFiles(files=files, inputs=job.part.inputs, outputs=job.outputs, facts=written.facts)
-    write_json(note, part.model_dump(mode="json"))
+    part = PartFiles(files=files, inputs=job.part.inputs, outputs=job.outputs, facts=written.facts | facts)
+    write_json(note, _Finished(part=part, read=tuple(sorted(job.checkpoint.seen))).model_dump(mode="json"))
     return part
 
 
-def _finished(note: Path, folder: Path) -> PartFiles | None:
+class _Finished(Frozen):
+    """A part that an earlier run wrote."""
+
+    part: PartFiles
+    read: tuple[str, ...]
+    """Tensors that were read, and found finite, by then: nobody reads them again."""
+
+
+def _finished(note: Path, folder: Path) -> _Finished | None:
     try:
-        found = PartFiles.model_validate_json(note.read_bytes())
+        found = _Finished.model_validate_json(note.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    whole = all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.bytes for f in found.files)
-    return found if whole else None
+    files = ((folder / file.path, file.bytes) for file in found.part.files)
+    return found if all(path.is_file() and path.stat().st_size == size for path, size in files) else None
 
 
 def _texts(request: Request, kind: Kind, folder: Path) -> list[File]:
@@ -139,7 +152,7 @@ def _manifest(
         task=spec.task,
         format=exporter.format,
         scheme=request.scheme.name,
-        settings=dict(request.settings),
+        settings=request.recorded,
         parts=parts,
         files=tuple(files),
         session=exporter.session(evidence.scheme),

@@ -16,6 +16,7 @@ from medge.progress import Progress, counter
 from medge.quantize.scheme import Scheme
 from medge.samples import list_images, sample_root
 from medge.spec import ModelSpec, Task, Variant, variant
+from medge.staging import stamp
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,23 @@ class Setting:
     """The one format that it is for; empty: all."""
     task: Task | None = None
     """The one kind of model that it is for; None: all."""
+    path: bool = False
+    """A path, unless it is one of `values`."""
 
 
 SETTINGS = {
     "variant": Setting("preprocessing: " + ", ".join(get_args(Variant)), task="embed"),
     "parity": Setting("how many sample images and prompts to compare on, or off"),
-    "calibration": Setting("a folder of your own images for calibration and sensitivity", task="embed"),
+    "calibration": Setting(
+        "your own data: a folder of images or, for chat models, also a text or a .jsonl of prompts", path=True
+    ),
+    "importance": Setting(
+        "off, collect (what each weight column meets, on the calibration data) or llama.cpp's matrix, a file",
+        ("off", "collect"),
+        "gguf",
+        task="generate",
+        path=True,
+    ),
     "layout": Setting(
         "split (one graph a tower) or optimum (the joint graph of optimum's exporter)", ("split", "optimum"), "onnx"
     ),
@@ -81,8 +93,9 @@ class Request:
         if setting.format not in ("", self.format):
             raise UsageError(f"'{name}' is a setting of {setting.format}, not of {self.format}", "Leave it out")
         if setting.task not in (None, self.checkpoint.any_spec.task):
-            raise UsageError(f"'{name}' is no setting of a chat model", "Leave it out")
-        if setting.values and value not in setting.values:
+            kind = {"embed": "dual encoders", "generate": "chat models"}[setting.task]
+            raise UsageError(f"'{name}' is a setting of {kind} alone", "Leave it out")
+        if setting.values and not setting.path and value not in setting.values:
             raise UsageError(f"{name}={value} is none of: {', '.join(setting.values)}")
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
@@ -124,13 +137,27 @@ class Request:
         return images
 
     @property
+    def recorded(self) -> dict[str, str]:
+        """The settings for a manifest, which holds no path."""
+        return {**self.settings, **dict.fromkeys(self._paths(), "own")}
+
+    def _paths(self) -> dict[str, Path]:
+        given = ((name, SETTINGS[name], value) for name, value in self.settings.items())
+        return {name: Path(value) for name, setting, value in given if setting.path and value not in setting.values}
+
+    @property
     def key(self) -> str:
         """Identity of the work: only the same request resumes a partial folder."""
         settings = {k: v for k, v in self.settings.items() if k != "parity"}
         lines = [
-            self.checkpoint.sha256,
+            self.checkpoint.stamp,
             self.scheme.digest,
             f"{self.format} {self.tapped}",
             json.dumps(settings, sort_keys=True),
+            *(stamp(_files(path)) for path in self._paths().values()),
         ]
         return hashlib.sha256("\n".join([*lines, __version__]).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return [one for one in sorted(path.rglob("*")) if one.is_file()] if path.is_dir() else [path]

@@ -45,13 +45,25 @@ class ImportanceMatrix:
             CorruptError: an activation is not finite, as fp16's overflow in Gemma 3 makes them.
         """
         rows = inputs.reshape(-1, inputs.shape[-1])
-        squares = np.einsum("ni,ni->i", rows, rows, dtype=np.float64)
+        self.add_squares(tensor, np.einsum("ni,ni->i", rows, rows, dtype=np.float64), len(rows))
+
+    def add_squares(self, tensor: str, squares: NDArray[np.float64], count: int) -> None:
+        """Count a batch whose sum of squares, (in,) over `count` tokens, is known.
+
+        Raises:
+            UsageError, CorruptError: as `add`.
+        """
         if not np.isfinite(squares).all():
             raise CorruptError(f"Inputs of '{tensor}' are not finite", "Collect activations in bf16 or fp32")
         if tensor in self.sums and self.sums[tensor].shape != squares.shape:
             raise UsageError(f"Inputs of '{tensor}' have {len(squares)} columns, and had {len(self.sums[tensor])}")
         self.sums[tensor] = self.sums.get(tensor, 0) + squares
-        self.counts[tensor] = self.counts.get(tensor, 0) + len(rows)
+        self.counts[tensor] = self.counts.get(tensor, 0) + count
+
+    @property
+    def chunks(self) -> int:
+        """Whole chunks that were read."""
+        return max(self.counts.values(), default=0) // self.chunk_size
 
     def of(self, tensor: str) -> FloatArray | None:
         """(in,) the mean squared input, above zero everywhere; None: the tensor met no input, or only zeros."""
@@ -70,7 +82,7 @@ class ImportanceMatrix:
         writer.kv_data[0].clear()  # an architecture, which this file has not
         writer.add_type("imatrix")
         writer.add_array(_DATASETS, [self.dataset])
-        writer.add_uint32(_CHUNKS, max(self.counts.values(), default=0) // self.chunk_size)
+        writer.add_uint32(_CHUNKS, self.chunks)
         writer.add_uint32(_CHUNK_SIZE, self.chunk_size)
         for tensor, sums in sorted(self.sums.items()):
             writer.add_tensor(tensor + _SUMS, sums.astype(np.float32)[None])

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medge.benchmarks.chat_data import Kind
 from medge.benchmarks.chat_metrics import (
     CHAT_BY_NAME,
     CHAT_LIMITS,
@@ -27,6 +26,7 @@ from medge.benchmarks.distributions import keep, see
 from medge.benchmarks.metrics import load_limits
 from medge.benchmarks.stats import Estimate
 from medge.errors import UsageError
+from medge.prompts import Kind
 from medge.quantize import scheme
 
 ROWS, VOCABULARY = 150, 60
