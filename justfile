@@ -44,3 +44,12 @@ train-demo out="demo-model":
 # full-size seeded weights, ratios in one run, on a quiet machine: `peers` (needs that extra, 12 GB of disk) or `formats`
 bench-full race="peers" dir="full-size" *rounds:
     python -m medge.benchmarks.full_size {{race}} {{dir}} {{rounds}}
+
+# medge's GGUF exports and decoding against llama.cpp's own programs, full size, on a quiet machine: 25 GB of disk
+bench-llama dir="bench-llama" *rounds:
+    python -m medge.benchmarks.chat_race {{dir}} {{rounds}}
+
+# the real Gemma 3 270M, fetched into DIR (Gemma's terms): what each scheme costs it, as docs/real_weights.md
+real-gemma dir:
+    python -m medge.benchmarks.real_gemma {{dir}} docs/real_weights.json
+    python docs/generate.py
