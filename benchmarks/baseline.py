@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +20,7 @@ from medge.benchmarks.datasets import Dataset, load_dataset
 from medge.benchmarks.host import Host
 from medge.benchmarks.records import Record
 from medge.errors import CorruptError, RegressedError, UsageError
-from medge.manifest import File, Sha256, describe, sha256
+from medge.manifest import File, Manifest, Sha256, describe, sha256
 from medge.runtimes.base import normalize
 from medge.runtimes.embed import IMAGE, Embedder
 from medge.spec import FloatArray, ImageSpec, Variant
@@ -152,6 +153,42 @@ class Identity:
     model: str
     hub_id: str
     weights_sha256: str
+
+
+class Origin(Protocol):
+    """What a baseline says of the model that it was captured from."""
+
+    @property
+    def model(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def weights_sha256(self) -> str:
+        """Its weights' hash."""
+        ...
+
+    @property
+    def image(self) -> ImageSpec | None:
+        """How images were prepared."""
+        ...
+
+
+def require_same_model(manifest: Manifest, origin: Origin, remedy: str) -> None:
+    """Refuse to compare an artifact with another model's answers; `remedy` is for another preprocessing.
+
+    Raises:
+        UsageError: other weights, or images prepared in another way.
+    """
+    if manifest.source.weights_sha256 != origin.weights_sha256:
+        raise UsageError(
+            f"The artifact was made from other weights ('{manifest.source.model}', "
+            f"{manifest.source.weights_sha256[:12]}…) than the baseline ('{origin.model}', "
+            f"{origin.weights_sha256[:12]}…)",
+            "Capture a baseline of the artifact's own checkpoint",
+        )
+    if manifest.image != origin.image:
+        raise UsageError(f"The artifact preprocesses as {manifest.image}, the baseline as {origin.image}", remedy)
 
 
 @dataclass(frozen=True)

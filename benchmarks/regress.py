@@ -15,13 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medge.benchmarks import stats
-from medge.benchmarks.baseline import Baseline, BaselineManifest, Encoded, Goldens, Progress, encode, quiet
+from medge.benchmarks.baseline import (
+    Baseline,
+    BaselineManifest,
+    Encoded,
+    Goldens,
+    Progress,
+    encode,
+    quiet,
+    require_same_model,
+)
 from medge.benchmarks.datasets import Dataset, load_dataset
 from medge.benchmarks.host import Host, fingerprint
 from medge.benchmarks.metrics import BY_NAME, LIMITS, METRICS, Evidence, Limit, judge, load_limits
 from medge.benchmarks.records import Case, CheckResult, Curve, Dots, Reference, Subject, Verdict
 from medge.errors import CorruptError, UsageError, require
-from medge.manifest import Artifact, Manifest
+from medge.manifest import Artifact
 
 if TYPE_CHECKING:
     from medge.runtimes.base import RunOptions
@@ -55,7 +64,7 @@ def check(
     """
     require("scipy", "eval")  # before minutes of work, not after
     opened, baseline = Artifact.open(artifact), Baseline.open(against)
-    _same_model(opened.manifest, baseline.manifest)
+    require_same_model(opened.manifest, baseline.manifest, "Export and capture with the same --variant")
     bounds = load_limits(opened.manifest.scheme, limits)
     dataset = _dataset(baseline.manifest, data)
     embedder = opener(artifact) if opener else _open(artifact, options)
@@ -67,21 +76,6 @@ def _open(artifact: Path, options: RunOptions | None) -> Embedder:
     from medge import runtimes
 
     return runtimes.open_embedder(artifact, options)
-
-
-def _same_model(manifest: Manifest, baseline: BaselineManifest) -> None:
-    if manifest.source.weights_sha256 != baseline.weights_sha256:
-        raise UsageError(
-            f"The artifact was made from other weights ('{manifest.source.model}', "
-            f"{manifest.source.weights_sha256[:12]}…) than the baseline ('{baseline.model}', "
-            f"{baseline.weights_sha256[:12]}…)",
-            "Capture a baseline of the artifact's own checkpoint",
-        )
-    if manifest.image != baseline.image:
-        raise UsageError(
-            f"The artifact preprocesses as {manifest.image}, the baseline as {baseline.image}",
-            "Export and capture with the same --variant",
-        )
 
 
 def _dataset(baseline: BaselineManifest, data: Path | None) -> Dataset:

@@ -6,6 +6,7 @@ loop (llama.cpp) implements the upper level itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,14 @@ class RunOptions:
 
     threads: int | None = None
     """Compute threads; None is one a physical core that this process may use."""
+
+
+def physical_cores() -> int:
+    """Threads that help: one a physical core, and no more than this process may use."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
 
 
 class Session(Protocol):

@@ -8,7 +8,8 @@ read as such.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +18,14 @@ import jinja2
 import jinja2.sandbox
 
 from medge.errors import CorruptError, MedgeError, UsageError
-from medge.runtimes.generate import Message
-from medge.runtimes.images import ImageLike
+from medge.runtimes.generate import Message, Prompt
+from medge.runtimes.images import ImageLike, load_image
 from medge.spec import ChatFormat
 
 IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 """What stands for each of an image's embeddings in a Gemma 3 prompt."""
+THOUGHT_BEGIN, THOUGHT_END = "<unused94>", "<unused95>"
+"""The tokens around what MedGemma 1.5 and 27B think before they answer. Source: Google-Health/medgemma, quick start."""
 _AROUND = "\n\n"
 
 
@@ -71,7 +74,7 @@ class ChatTemplate:
         texts = self._rendered(messages).split(self._chat.image_begin)
         if len(texts) != len(images) + 1:
             raise UsageError(
-                f"The rendered chat has {len(texts) - 1} places for {len(images)} images",
+                f"The rendered chat has {len(texts) - 1} image places and {len(images)} images are given",
                 f"A text may not hold {self._chat.image_begin}, and the template must place every image",
             )
         if any(IMAGE_TOKEN in text for text in texts):
@@ -93,6 +96,61 @@ class ChatTemplate:
         except Exception as error:  # a template is a program, and may fail as any does
             raise CorruptError(f"The chat template fails: {error}", "Export the artifact again") from None
         return rendered
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Messages to the ids that one model reads."""
+
+    template: ChatTemplate
+    tokenize: Callable[[str], list[int]]
+    image_id: int
+    """What stands for each part of an image; -1 where the model reads none."""
+    image_tokens: int
+    context: int
+    own_context: int
+    """Tokens that the model was made for; `context` may be fewer."""
+
+    def __call__(self, messages: Sequence[Message]) -> Prompt:
+        """The ids that transformers' processor gives, and the images, decoded.
+
+        Raises:
+            UsageError: as from `ChatTemplate.pieces`; an image that the model or medge cannot read.
+        """
+        texts, images = self.template.pieces(messages)
+        first, *others = texts
+        ids = self.tokenize(first)
+        for text in others:
+            if self.image_id < 0:
+                raise UsageError(
+                    "An image is given and the model has no image tower",
+                    "Use a multimodal model, or leave the image out",
+                )
+            ids += [self.image_id] * self.image_tokens + self.tokenize(text)
+        return Prompt(tuple(ids), tuple(load_image(image) for image in images))
+
+    def check_fits(self, prompt: Prompt) -> None:
+        """Refuse a prompt before any work on it.
+
+        Raises:
+            UsageError: it leaves no room for an answer.
+        """
+        if len(prompt.ids) < self.context:
+            return
+        count = len(prompt.images)
+        images = f" ({count} image{'s' * (count > 1)} of {self.image_tokens})" if count else ""
+        wider = f"open the model with a larger context (--set context=N): it takes up to {self.own_context:,}"
+        raise UsageError(
+            f"The prompt has {len(prompt.ids):,} tokens{images}; a context of {self.context:,} has room for "
+            f"{self.context - 1:,} beside an answer",
+            f"Shorten it, or {wider}" if self.context < self.own_context else "Shorten it: the model takes no more",
+        )
+
+
+def thought_marks(tokenize: Callable[[str], list[int]]) -> tuple[int, int] | None:
+    """Ids of the tokens around a thought; None where the vocabulary has none."""
+    begin, end = tokenize(THOUGHT_BEGIN), tokenize(THOUGHT_END)
+    return (begin[0], end[0]) if len(begin) == len(end) == 1 else None
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -52,12 +52,12 @@ def read_dicom(stream: IO[bytes], name: str, frame: int = 0) -> Picture:
         UsageError: no DICOM, another modality, no pixels, no such frame, or pixels cut short.
     """
     pydicom = require("pydicom", "dicom")
-    with _unlogged():
+    with unlogged():
         return _read(pydicom, stream, name, frame)
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """pydicom's warnings quote what an element holds, in a damaged file perhaps a patient's name."""
     logger = logging.getLogger("pydicom")
     before, logger.disabled = logger.disabled, True
@@ -68,11 +68,11 @@ def _unlogged() -> Iterator[None]:
 
 
 def _read(pydicom: ModuleType, stream: IO[bytes], name: str, frame: int) -> Picture:
-    header = _header(pydicom, stream, name)
+    header = read_header(pydicom, stream, name)
     try:
         _check_modality(header, name)
-        _check_frame(header, name, frame)
-        _check_codec(header, name)
+        check_frame(header, name, frame)
+        check_codec(header, name)
         pixels = require("pydicom.pixels", "dicom").pixel_array(stream, index=frame)
         return _colour(pixels, header, name) if pixels.ndim == 3 else _grey(pixels, header, name)
     except MedgeError:
@@ -83,7 +83,12 @@ def _read(pydicom: ModuleType, stream: IO[bytes], name: str, frame: int) -> Pict
         ) from None
 
 
-def _header(pydicom: ModuleType, stream: IO[bytes], name: str) -> Any:
+def read_header(pydicom: ModuleType, stream: IO[bytes], name: str) -> Any:
+    """A file's elements before its pixels.
+
+    Raises:
+        UsageError: it is no DICOM file, or its header is damaged.
+    """
     try:
         return pydicom.dcmread(stream, stop_before_pixels=True)
     except Exception:  # InvalidDicomError, or anything from a damaged header
@@ -101,7 +106,12 @@ def _check_modality(header: Any, name: str) -> None:
         raise UsageError(f"{name}: its modality is {code}", f"MedSigLIP's pipeline reads {known}")
 
 
-def _check_frame(header: Any, name: str, frame: int) -> None:
+def check_frame(header: Any, name: str, frame: int) -> None:
+    """Refuse what has no such frame, or one too large, before its pixels are decoded.
+
+    Raises:
+        UsageError: no pixels, too many, or no frame of that number.
+    """
     if "Rows" not in header or "Columns" not in header:
         raise UsageError(f"{name} holds no pixels", "Give an image; reports and plans have none")
     check_size(int(header.Columns), int(header.Rows), name)
@@ -110,7 +120,13 @@ def _check_frame(header: Any, name: str, frame: int) -> None:
         raise UsageError(f"{name} has no frame {frame}", f"It has {frames}, counted from 0")
 
 
-def _check_codec(header: Any, name: str) -> None:
+def check_codec(header: Any, name: str) -> None:
+    """Refuse what cannot be decoded here.
+
+    Raises:
+        UsageError: pydicom has no decoder for it.
+        MissingExtraError: it has one, whose library is not installed.
+    """
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         raise UsageError(f"{name} names no transfer syntax", "Export it again")

@@ -19,8 +19,7 @@ import numpy as np
 
 from medge.errors import CorruptError, UsageError, require
 from medge.manifest import Artifact, File, PartFiles, sha256
-from medge.runtimes.base import RunOptions, Session, Tensors
-from medge.runtimes.onnx_backend import physical_cores
+from medge.runtimes.base import RunOptions, Session, Tensors, physical_cores
 from medge.spec import FloatArray
 
 IDENTIFIER = b"ET12"

@@ -98,6 +98,11 @@ class GenerateOptions:
         if self.schema is not None and self.grammar is not None:
             raise UsageError("Both a JSON Schema and a grammar are given", "Give one of them")
 
+    @property
+    def constrained(self) -> bool:
+        """Whether every token must fit a schema or grammar: then all is answer, and no thought comes before."""
+        return self.schema is not None or self.grammar is not None
+
 
 _RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1_000_000),
@@ -112,7 +117,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer. The texts of all tokens, joined, are the answer."""
+    """One token. The texts of all that are no thought, joined, are the answer."""
 
     id: int
     text: str
@@ -121,6 +126,8 @@ class Token:
     """Natural logarithm of its probability under the model."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest ids at this place with their log-probabilities, best first."""
+    thought: bool = False
+    """Part of what the model thinks before it answers, the marks around it included."""
 
 
 PHASES = ("vision", "prefill", "decode")
@@ -171,6 +178,8 @@ class Generation:
     """A whole answer."""
 
     text: str
+    thought: str
+    """What the model thought before; empty where it did not. No part of the answer, nor of a later prompt."""
     tokens: tuple[Token, ...]
     finish: Finish
     prompt_tokens: int
@@ -255,10 +264,16 @@ def complete(
     return whole(list(reply), reply.tally)
 
 
+_CHANNEL = "thought\n"
+"""What stands right after the mark that begins a thought: the channel's name."""
+
+
 def whole(tokens: Sequence[Token], tally: Tally) -> Generation:
     """The answer that a finished reply gave."""
+    thought = "".join(token.text for token in tokens if token.thought)
     return Generation(
-        text="".join(token.text for token in tokens),
+        text="".join(token.text for token in tokens if not token.thought),
+        thought=thought.removeprefix(_CHANNEL).strip(),
         tokens=tuple(tokens),
         finish=tally.finish or "cancelled",  # whoever stops asking has cancelled
         prompt_tokens=tally.prompt_tokens,
@@ -272,11 +287,13 @@ class TextStream:
     """Bytes of tokens to text, token by token: whole characters only, and nothing of a stop string.
 
     A token is held back while its text might still turn out to begin a stop string, and is given out with its own
-    text after, so that a token's text is always that token's.
+    text after, so that a token's text is always that token's. A thought is marked as such, and no stop string ends it.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        self._stop = stop
+    def __init__(self, stop: Sequence[str] = (), thought: tuple[int, int] | None = None) -> None:
+        """`thought`: ids of the tokens that begin and end one."""
+        self._stop, self._thought = stop, thought
+        self._thinking = False
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held: deque[Token] = deque()
         self._text = ""  # of the held tokens
@@ -286,6 +303,10 @@ class TextStream:
     def push(self, token: Token, piece: bytes) -> Iterator[Token]:
         """Take a token and its bytes; give the tokens whose text is now certain."""
         text = self._decode(piece)
+        if self._is_thought(token.id):
+            yield from self._release(len(self._text))
+            yield replace(token, text=text, thought=True)
+            return
         self._held.append(replace(token, text=text))
         self._text += text
         at = min((i for i in map(self._text.find, self._stop) if i >= 0), default=-1)
@@ -294,6 +315,13 @@ class TextStream:
             yield from self._release(at, cut=True)
         else:
             yield from self._release(len(self._text) - self._undecided())
+
+    def _is_thought(self, token: int) -> bool:
+        """Whether a token belongs to a thought, as both of its marks do."""
+        begin, end = self._thought or (None, None)
+        before = self._thinking
+        self._thinking = (before or token == begin) and token != end
+        return before or self._thinking
 
     def flush(self) -> Iterator[Token]:
         """The rest, at the end of an answer that met no stop string; of a character cut short nothing remains."""

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from medge.errors import CorruptError, UsageError
 from medge.manifest import Artifact
 from medge.registry import spec_of
-from medge.runtimes.base import RunOptions, Session, Tensors
+from medge.runtimes.base import RunOptions, Session, Tensors, physical_cores
 from medge.runtimes.ggml import Ggml, load
 from medge.runtimes.ggml_graph import GgmlOps, Node
 from medge.runtimes.ggml_weights import UNFOLD, Weights
 from medge.runtimes.gguf_file import BlockType, GgufFile
 from medge.runtimes.gguf_names import ARCHITECTURE
-from medge.runtimes.onnx_backend import physical_cores
 from medge.spec import BuildOptions, FloatArray, Part, TensorSpec, Weight
 
 _NODES = 64

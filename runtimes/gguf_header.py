@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
 from medge.errors import CorruptError
-from medge.runtimes.llama_model import library
+from medge.runtimes.llama_model import ggml, library
 
 _UINT32 = 4
 """GGUF's number for a value type."""
@@ -56,10 +55,8 @@ class GgufHeader:
 
 @functools.cache
 def _library() -> Any:
-    """ggml as llama.cpp itself has loaded it: a second copy would log on its own."""
-    ggml = library().llama_cpp._lib
-    if sys.platform == "win32":  # where a library does not show its dependencies' functions
-        ggml = ctypes.CDLL(str(Path(str(library().__file__)).with_name("lib") / "ggml-base.dll"))
+    """ggml's reader of headers."""
+    reader = ggml(library())
     for name, result, arguments in (
         ("gguf_init_from_file", ctypes.c_void_p, (ctypes.c_char_p, _InitParams)),
         ("gguf_free", None, (ctypes.c_void_p,)),
@@ -69,6 +66,6 @@ def _library() -> Any:
         ("gguf_find_tensor", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_char_p)),
         ("gguf_get_tensor_type", ctypes.c_int, (ctypes.c_void_p, ctypes.c_int64)),
     ):
-        function = getattr(ggml, name)
+        function = getattr(reader, name)
         function.restype, function.argtypes = result, arguments
-    return ggml
+    return reader

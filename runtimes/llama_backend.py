@@ -10,8 +10,8 @@ from itertools import groupby
 
 from medge.errors import CorruptError, UsageError
 from medge.manifest import Artifact
-from medge.runtimes.base import RunOptions
-from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
+from medge.runtimes.base import RunOptions, physical_cores
+from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate, Prompter, thought_marks
 from medge.runtimes.generate import (
     GenerateOptions,
     Message,
@@ -23,13 +23,11 @@ from medge.runtimes.generate import (
     context_size,
     rated,
 )
-from medge.runtimes.images import load_image
 from medge.runtimes.llama_context import Context, Watch, never
 from medge.runtimes.llama_model import Model
 from medge.runtimes.llama_prefix import Cell, Pixels, Prefix, image_hash
 from medge.runtimes.llama_sampler import Sampler
 from medge.runtimes.llama_vision import Vision, check_tower
-from medge.runtimes.onnx_backend import physical_cores
 from medge.runtimes.preprocess import resize
 from medge.spec import ChatFormat, FloatArray
 
@@ -57,15 +55,19 @@ class LlamaGenerator:
             UsageError: a context outside what the model was made for, or more than memory holds.
             CorruptError: the artifact contradicts itself, or llama.cpp cannot load it.
         """
-        self._chat = chat = _chat(artifact)
+        chat = _chat(artifact)
         self.image = artifact.manifest.image if VISION in artifact.manifest.parts else None
         self.image_tokens = chat.image_tokens
         self.context = context_size(options, chat)
-        self._template = ChatTemplate.open(artifact.file(chat.template), chat)
+        template = ChatTemplate.open(artifact.file(chat.template), chat)
         self._model = Model(artifact.part_path(DECODER))
         self.name = _name(self._model)
         self._stop = {self._model.special(text) for text in chat.stop}
         self._image_id = self._model.special(IMAGE_TOKEN) if self.image else -1
+        self._thought = thought_marks(self._model.tokenize)
+        self._prompter = Prompter(
+            template, self._model.tokenize, self._image_id, self.image_tokens, self.context, chat.context
+        )
         self._watch = Watch()
         threads = options.threads or physical_cores()
         self._native = Context(self._model, self.context, threads, self._watch, chat.image_tokens if self.image else 0)
@@ -96,16 +98,8 @@ class LlamaGenerator:
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """See `Generator.prompt`."""
-        texts, images = self._template.pieces(messages)
-        if images and self.image is None:
-            raise UsageError(
-                "An image is given and the model has no image tower", "Use a multimodal model, or leave the image out"
-            )
-        pictures = tuple(load_image(image) for image in images)
-        ids = self.tokenize(texts[0])
-        for text in texts[1:]:
-            ids += [self._image_id] * self.image_tokens + self.tokenize(text)
-        return Prompt(tuple(ids), pictures)
+        self._check_open()
+        return self._prompter(messages)
 
     def tokenize(self, text: str) -> list[int]:
         """See `Generator.tokenize`."""
@@ -133,20 +127,14 @@ class LlamaGenerator:
 
     def _plan(self, prompt: Prompt) -> _Plan:
         """Images in place of their tokens, and whether all of it fits."""
-        tokens = len(prompt.ids)
-        if tokens >= self.context:
-            raise UsageError(
-                f"The prompt has {tokens:,} tokens ({len(prompt.images)} images of {self.image_tokens});"
-                f" {self.context - 1:,} fit beside an answer",
-                f"Shorten it, or open the artifact with a larger context: the model's own is {self._chat.context:,}",
-            )
+        self._prompter.check_fits(prompt)
         spec = self.image
         pixels = [resize(picture, spec) for picture in prompt.images] if spec else []
         hashes = [image_hash(each) for each in pixels]
         *cells, last = self._cells(prompt, hashes) or [""]
         if isinstance(last, str):
             raise UsageError("A prompt ends in a text token")
-        return _Plan(cells, last, dict(zip(hashes, pixels, strict=True)), tokens)
+        return _Plan(cells, last, dict(zip(hashes, pixels, strict=True)), len(prompt.ids))
 
     def _cells(self, prompt: Prompt, hashes: Sequence[str]) -> list[Cell]:
         if not all(0 <= i < self._model.vocabulary_size for i in prompt.ids):
@@ -182,7 +170,7 @@ class LlamaGenerator:
     def _answer(
         self, turn: int, plan: _Plan, sampler: Sampler, options: GenerateOptions, tally: Tally
     ) -> Iterator[Token]:
-        stream = TextStream(options.stop)
+        stream = TextStream(options.stop, None if options.constrained else self._thought)
         try:
             self._check_turn(turn)
             if not self._prefix.fill(plan.cells, plan.last, plan.pixels, tally):

@@ -1,13 +1,15 @@
 """A GGUF text model in llama.cpp, through the C interface that llama-cpp-python binds: weights and vocabulary.
 
 llama.cpp logs to stderr, the prompt among it. Here it is silent for good; what it says of a file that it cannot load
-becomes the error.
+becomes the error, and a failed assertion, which would abort the process with a backtrace, ends it with one line.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from typing import Any
 from medge.errors import CorruptError, MissingExtraError, UsageError, require
 from medge.runtimes.mapped import release
 
-_ERROR = 3
-"""ggml's log level."""
+_ERROR = 4
+"""ggml's log level (GGML_LOG_LEVEL_ERROR)."""
 _COMPLAINTS: list[str] = []
 _LISTENING = False
 
@@ -34,10 +36,30 @@ def library() -> Any:
     if not hasattr(api, "LLAMA_LOAD_MODE_MMAP"):
         raise MissingExtraError(f"llama-cpp-python {api.__version__} is too old", "Run: pip install -U 'medge[gguf]'")
     vision: Any = require("llama_cpp.mtmd_cpp", "gguf")
+    ggml(api).ggml_set_abort_callback(_GIVE_UP)
     api.llama_backend_init()
     for install in (api.llama_log_set, vision.mtmd_log_set, vision.mtmd_helper_log_set):
         install(_listener(api), None)
     return api
+
+
+def ggml(api: Any) -> Any:
+    """libggml-base as llama.cpp itself has loaded it: a second copy would log on its own."""
+    if sys.platform == "win32":  # where a library does not show its dependencies' functions
+        return ctypes.CDLL(str(Path(str(api.__file__)).with_name("lib") / "ggml-base.dll"))
+    return api.llama_cpp._lib
+
+
+def _give_up(message: bytes) -> None:
+    """End the process, as ggml itself does right after: "file:line: GGML_ASSERT(condition) failed" is its message."""
+    reason = message.decode("utf-8", "replace").partition(": ")[2].partition("\n")[0]
+    sys.stdout.flush()
+    os.write(2, f"error: llama.cpp gave up: {reason}. Run: medge verify ARTIFACT\n".encode())
+    os._exit(CorruptError.exit_code)
+
+
+_GIVE_UP = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_give_up)
+"""Here, because C keeps a pointer to it as long as the process lives."""
 
 
 @functools.cache
@@ -64,7 +86,8 @@ def complaints() -> Iterator[list[str]]:
 
 def refused(path: Path, said: list[str]) -> CorruptError:
     """The error for a file that llama.cpp does not load. Its first complaint is the nearest to the cause."""
-    reason = said[0].partition(": ")[2] or said[0] if said else "no reason given"
+    first = said[0].splitlines()[0] if said else "no reason given"
+    reason = (first.partition(": ")[2] or first).removeprefix("error: ")  # after the function's name
     return CorruptError(f"llama.cpp cannot load {path}: {reason}", "Export the artifact again")
 
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from medge.errors import CorruptError
 from medge.manifest import Artifact
-from medge.runtimes.base import RunOptions, Session, Tensors
+from medge.runtimes.base import RunOptions, Session, Tensors, physical_cores
 from medge.spec import FloatArray
 
 if TYPE_CHECKING:
     import onnxruntime
-
-
-def physical_cores() -> int:
-    """Threads that help: one a physical core, and no more than this process may use."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
 
 
 class OnnxBackend:

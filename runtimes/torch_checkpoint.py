@@ -67,10 +67,15 @@ class Vocabulary:
         Raises:
             CorruptError: there is no such token.
         """
-        token = self._tokenizer.token_to_id(text)
+        token = self.find(text)
         if token is None:
             raise CorruptError(f"{self._path} has no token '{text}'", "Download it again")
-        return int(token)
+        return token
+
+    def find(self, text: str) -> int | None:
+        """The id of a token; None where there is none."""
+        token: int | None = self._tokenizer.token_to_id(text)
+        return token
 
     def piece(self, token: int) -> bytes:
         """A token's bytes; none for special tokens. Part of a character where the token is a byte."""

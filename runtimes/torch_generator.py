@@ -18,7 +18,7 @@ from typing import Any
 from medge.checkpoint import Checkpoint
 from medge.errors import UnsupportedError, UsageError, require
 from medge.runtimes.base import RunOptions
-from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
+from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate, Prompter, thought_marks
 from medge.runtimes.generate import (
     GenerateOptions,
     Message,
@@ -30,7 +30,6 @@ from medge.runtimes.generate import (
     context_size,
     rated,
 )
-from medge.runtimes.images import load_image
 from medge.runtimes.preprocess import preprocess
 from medge.runtimes.torch_checkpoint import Vocabulary, chat_template, load
 from medge.spec import FloatArray
@@ -91,11 +90,15 @@ class TorchGenerator:
         spec = checkpoint.chat_spec
         self.name = f"torch {self._torch.__version__} {self._device_name(device)} {dtype}"
         self.context, self.image, self.image_tokens = context, spec.image, spec.chat.image_tokens
-        self._own_context, self._device = spec.chat.context, device
-        self._template = ChatTemplate(chat_template(checkpoint.root, spec.chat.template), spec.chat)
+        self._device = device
+        template = ChatTemplate(chat_template(checkpoint.root, spec.chat.template), spec.chat)
         self._vocabulary = Vocabulary(checkpoint.root)
         self._stop = {self._vocabulary.special(text) for text in spec.chat.stop}
         self._image_id = self._vocabulary.special(IMAGE_TOKEN) if spec.image else -1
+        self._thought = thought_marks(self._vocabulary.tokenize)
+        self._prompter = Prompter(
+            template, self._vocabulary.tokenize, self._image_id, self.image_tokens, context, spec.chat.context
+        )
         self._dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16}[dtype]
         self._model = load(checkpoint, device, self._dtype)
         self._cancelled: Callable[[], bool] = _never
@@ -116,7 +119,7 @@ class TorchGenerator:
             UnsupportedError: a schema or a grammar, which the reference does not enforce.
         """
         options = options or GenerateOptions()
-        if options.schema is not None or options.grammar is not None:
+        if options.constrained:
             raise UnsupportedError("The torch reference enforces no schema or grammar", "Use a GGUF artifact")
         prompt = self.prompt(messages)
         self._check(prompt)
@@ -125,15 +128,7 @@ class TorchGenerator:
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """See `Generator.prompt`."""
-        texts, images = self._template.pieces(messages)
-        if images and self.image is None:
-            raise UsageError(
-                "An image is given and the model has no image tower", "Use a multimodal model, or leave the image out"
-            )
-        ids = self.tokenize(texts[0])
-        for text in texts[1:]:
-            ids += [self._image_id] * self.image_tokens + self.tokenize(text)
-        return Prompt(tuple(ids), tuple(load_image(image) for image in images))
+        return self._prompter(messages)
 
     def tokenize(self, text: str) -> list[int]:
         """See `Generator.tokenize`."""
@@ -161,14 +156,8 @@ class TorchGenerator:
         return str(self._torch.cuda.get_device_name()) if device == "cuda" else device
 
     def _check(self, prompt: Prompt) -> None:
-        tokens, images = len(prompt.ids), len(prompt.images)
-        if tokens >= self.context:
-            raise UsageError(
-                f"The prompt has {tokens:,} tokens ({images} images of {self.image_tokens});"
-                f" {self.context - 1:,} fit beside an answer",
-                f"Shorten it, or open the model with a larger context: its own is {self._own_context:,}",
-            )
-        if prompt.ids.count(self._image_id) != images * self.image_tokens:
+        self._prompter.check_fits(prompt)
+        if prompt.ids.count(self._image_id) != len(prompt.images) * self.image_tokens:
             raise UsageError("The prompt's image tokens are not those of its images")
         if not prompt.ids or prompt.ids[-1] == self._image_id:
             raise UsageError("A prompt ends in a text token")
@@ -189,7 +178,7 @@ class TorchGenerator:
             raise _CancelledError
 
     def _answer(self, turn: int, prompt: Prompt, options: GenerateOptions, tally: Tally) -> Iterator[Token]:
-        stream = TextStream(options.stop)
+        stream = TextStream(options.stop, self._thought)
         limit = min(options.max_tokens, self.context - len(prompt.ids))
         self._check_turn(turn)
         for token in self._sampled(prompt, options, limit, tally):

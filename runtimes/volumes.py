@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medge.errors import MedgeError, UsageError, require
-from medge.runtimes.dicom import _check_codec, _check_frame, _header, _unlogged
+from medge.runtimes.dicom import check_codec, check_frame, read_header, unlogged
 from medge.runtimes.generate import Generator, Message
 from medge.runtimes.images import ImageLike, Picture
 
@@ -96,7 +96,7 @@ def ct_slices(source: Path | Sequence[Path] | NDArray[Any], limit: int = MAX_SLI
         taken = _spread(len(source), limit)
         return CtSlices(tuple(windowed(source[i]) for i in taken), len(source))
     pydicom = require("pydicom", "dicom")
-    with _unlogged():
+    with unlogged():
         places = _ordered(pydicom, [source] if isinstance(source, Path) else source)
         taken = _spread(len(places), limit)
         return CtSlices(tuple(windowed(_hounsfield(pydicom, *places[i])) for i in taken), len(places))
@@ -129,7 +129,7 @@ def _spread(count: int, limit: int) -> list[int]:
 
 def _ordered(pydicom: Any, sources: Sequence[Path]) -> list[tuple[Path, int]]:
     """File and frame of every slice, in the order of the instance numbers."""
-    headers = [(path, _read_header(pydicom, path)) for source in sources for path in _files(source)]
+    headers = [(path, _ct_header(pydicom, path)) for source in sources for path in _files(source)]
     if not headers:
         raise UsageError("No DICOM file is there", "Name the folder of one CT series")
     series = {str(header.get("SeriesInstanceUID", "")) for _, header in headers}
@@ -156,10 +156,10 @@ def _is_dicom(path: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-def _read_header(pydicom: Any, path: Path) -> Any:
+def _ct_header(pydicom: Any, path: Path) -> Any:
     try:
         with path.open("rb") as stream:
-            header = _header(pydicom, stream, str(path))
+            header = read_header(pydicom, stream, str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "Check the path") from None
     if header.get("Modality") != "CT":
@@ -173,9 +173,9 @@ def _hounsfield(pydicom: Any, path: Path, frame: int) -> NDArray[Any]:
     pixels: Any = require("pydicom.pixels", "dicom")
     try:
         with path.open("rb") as stream:
-            header = _header(pydicom, stream, str(path))
-            _check_frame(header, str(path), frame)
-            _check_codec(header, str(path))
+            header = read_header(pydicom, stream, str(path))
+            check_frame(header, str(path), frame)
+            check_codec(header, str(path))
             values: NDArray[Any] = pixels.apply_rescale(pixels.pixel_array(stream, index=frame), header)
     except MedgeError:
         raise

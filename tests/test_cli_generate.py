@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from medge.errors import UsageError
-from medge.runtimes.generate import GenerateOptions, Message, Reply, Tally, Token
+from medge.runtimes.generate import Finish, GenerateOptions, Message, Reply, Tally, Token
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -30,13 +30,16 @@ class Echo:
         self.messages: Sequence[Message] = ()
         self.options = GenerateOptions()
         self.opened: Any = None
-        self.answer = ("Cardio", "megaly 中")
+        self.answer: tuple[str, ...] = ("Cardio", "megaly 中")
+        self.thought: tuple[str, ...] = ()
+        self.finish: Finish = "stop"
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions, **_: Any) -> Reply:
         self.messages, self.options = messages, options
-        tally = Tally(prompt_tokens=7, finish="stop")
+        tally = Tally(prompt_tokens=7, finish=self.finish)
         top = ((1, -0.5),) if options.logprobs else ()
-        return Reply(iter([Token(i, text, -0.5, top) for i, text in enumerate(self.answer, 1)]), tally)
+        thought = [Token(0, text, thought=True) for text in self.thought]
+        return Reply(iter([*thought, *(Token(i, text, -0.5, top) for i, text in enumerate(self.answer, 1))]), tally)
 
     def tokenize(self, text: str) -> list[int]:
         return list(range(len(text)))
@@ -82,6 +85,34 @@ def test_an_answer_does_not_steer_the_terminal(cli: Cli, echo: Echo, stream: tup
     assert cli("generate", "artifact", "--prompt", "a", *stream)[1] == "a\N{REPLACEMENT CHARACTER}[2Jb\nc\n"
 
 
+def test_a_thought_is_no_part_of_the_answer(cli: Cli, echo: Echo) -> None:
+    echo.thought = ("", "thought\n", "Heart is \x1bwide.", "")
+    code, out, err = cli("generate", "artifact", "--prompt", "a")
+    assert (code, out) == (0, "Cardiomegaly 中\n")
+    assert "Heart" not in err
+    code, out, err = cli("generate", "artifact", "--prompt", "a", "--stream")
+    assert (code, out) == (0, "Cardiomegaly 中\n")
+    assert err.startswith("thought\nHeart is \N{REPLACEMENT CHARACTER}wide.\n\n")
+    document = json.loads(cli("generate", "artifact", "--prompt", "a", "--json")[1])
+    assert (document["thought"], document["text"]) == ("Heart is \x1bwide.", "Cardiomegaly 中")
+
+
+@pytest.mark.parametrize(
+    ("thought", "answer", "max_tokens", "says"),
+    [
+        ((), ("Cardio", "megaly"), 2, "before the answer's end: --set max_tokens=2 is reached"),
+        ((), ("Cardio", "megaly"), 9, "before the answer's end: the context is full"),
+        (("thought\n", "Well"), (), 2, "while the model was still thinking: --set max_tokens=2 is reached"),
+    ],
+)
+def test_an_answer_cut_short_says_so(
+    cli: Cli, echo: Echo, thought: tuple[str, ...], answer: tuple[str, ...], max_tokens: int, says: str
+) -> None:
+    echo.thought, echo.answer, echo.finish = thought, answer, "length"
+    _, _, err = cli("generate", "artifact", "--prompt", "a", "--set", f"max_tokens={max_tokens}")
+    assert f"Cut {says}." in err
+
+
 def test_json_is_one_document(cli: Cli, echo: Echo) -> None:
     code, out, _ = cli("generate", "artifact", "--prompt", "What is it?", "--json")
     document = json.loads(out)
@@ -93,7 +124,13 @@ def test_json_is_one_document(cli: Cli, echo: Echo) -> None:
 
 def test_log_probabilities_come_with_json(cli: Cli, echo: Echo) -> None:
     _, out, _ = cli("generate", "artifact", "--prompt", "What is it?", "--json", "--set", "logprobs=1")
-    assert json.loads(out)["tokens"][0] == {"id": 1, "text": "Cardio", "logprob": -0.5, "top": [[1, -0.5]]}
+    assert json.loads(out)["tokens"][0] == {
+        "id": 1,
+        "text": "Cardio",
+        "logprob": -0.5,
+        "top": [[1, -0.5]],
+        "thought": False,
+    }
 
 
 def test_images_stand_after_the_question_or_where_it_names_them(cli: Cli, echo: Echo, image: Path) -> None:
@@ -125,12 +162,13 @@ def test_the_question_may_come_from_standard_input(cli: Cli, echo: Echo, monkeyp
         (["--prompt", " "], "prompt is empty"),
         (["--prompt", "a", "--stream", "--json"], "exclude each other"),
         (["--prompt", "a", "--set", "beams=4"], "no such setting"),
-        (["--prompt", "a", "--set", "max_tokens=many"], "is no number"),
+        (["--prompt", "a", "--set", "max_tokens=many"], "is no whole number"),
         (["--prompt", "a", "--set", "top_p=2"], "top_p is 2"),
         (["--prompt", "a", "--set", "schema=missing.json"], "cannot be read"),
-        (["--prompt", "a", "--set", "context=x"], "is no number"),
-        (["--prompt", "<image> and <image>", "--image", "x.png"], "2 places for 1 images"),
-        (["--prompt", "<image>"], "1 places for 0 images"),
+        (["--prompt", "a", "--set", "context=x"], "is no whole number"),
+        (["--prompt", "a", "--set", "top_p=x"], "is no number"),
+        (["--prompt", "<image> and <image>", "--image", "x.png"], "2 <image> and 1 --image"),
+        (["--prompt", "<image>"], "1 <image> and 0 --image"),
         (["--prompt", "a", "--image", ".", "--image", "x.png"], "stands alone"),
         (["--prompt", "<image>", "--image", "."], "stands alone"),
         (["--prompt", "a", "--image", "."], "No DICOM file"),

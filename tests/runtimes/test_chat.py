@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medge.errors import CorruptError, UsageError
-from medge.runtimes.chat import ChatTemplate
+from medge.runtimes.chat import ChatTemplate, Prompter, thought_marks
 from medge.runtimes.generate import Message
 from medge.spec import ChatFormat
 
@@ -92,8 +92,8 @@ USER = Message("user", ("a",))
         ([USER, Message("system", ("b",)), USER], "after other messages"),
         ([Message("system", (IMAGE,)), USER], "An image stands in a system message"),
         ([USER, Message("assistant", (IMAGE,)), USER], "An image stands in a assistant message"),
-        ([Message("user", ("a <start_of_image> b",))], "1 places for 0 images"),
-        ([Message("user", ("a <start_of_image> b", IMAGE))], "2 places for 1 images"),
+        ([Message("user", ("a <start_of_image> b",))], "1 image places and 0 images"),
+        ([Message("user", ("a <start_of_image> b", IMAGE))], "2 image places and 1 images"),
         ([Message("user", ("a <image_soft_token>", IMAGE))], "stands for an image"),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_no_template_places_is_refused(messages: list[Message], says: str) 
 
 def test_a_template_without_images_refuses_them() -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.role }}{% endfor %}", CHAT)
-    with pytest.raises(UsageError, match="0 places for 1 images"):
+    with pytest.raises(UsageError, match="0 image places and 1 images"):
         template.pieces([Message("user", ("a", IMAGE))])
 
 
@@ -125,3 +125,21 @@ def test_a_template_that_is_none_or_reaches_out_is_corrupt(source: str) -> None:
 def test_dates_and_json_render_as_in_transformers() -> None:
     template = ChatTemplate("{{ {'a': '<é>'} | tojson }}{% for i in [1, 2] %}{% break %}{% endfor %}", CHAT)
     assert template.pieces([USER])[0] == ['{"a": "<é>"}']
+
+
+def test_a_thought_is_known_by_two_tokens_of_their_own() -> None:
+    ids = {"<unused94>": [100], "<unused95>": [101]}
+    assert thought_marks(ids.__getitem__) == (100, 101)
+    assert thought_marks(lambda text: [ord(c) for c in text]) is None
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_its_numbers() -> None:
+    def prompter(own: int) -> Prompter:
+        return Prompter(ChatTemplate(SIMPLE, CHAT), lambda text: [1] * len(text), 7, 16, context=100, own_context=own)
+
+    messages = [Message("user", (IMAGE, "a" * 90))]
+    with pytest.raises(UsageError, match=r"\(1 image of 16\); a context of 100 has room for 99.*up to 2,000"):
+        prompter(2000).check_fits(prompter(2000)(messages))
+    with pytest.raises(UsageError, match="the model takes no more"):
+        prompter(100).check_fits(prompter(100)(messages))
+    prompter(100).check_fits(prompter(100)([Message("user", (IMAGE, "a"))]))

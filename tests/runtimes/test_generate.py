@@ -76,6 +76,24 @@ def test_nothing_is_held_back_without_need() -> None:
     assert [token.text for token in text.push(Token(2, ""), b"at")] == [" E", "at"]
 
 
+def test_a_thought_is_marked_and_no_stop_string_ends_it() -> None:
+    text = TextStream(("END",), thought=(100, 101))
+    pieces = [(7, b"E"), (100, b""), (1, b"thought\n"), (2, b"END"), (101, b""), (3, b"yes"), (4, b"EN"), (5, b"D")]
+    tokens = [token for id, piece in pieces for token in text.push(Token(id, ""), piece)]
+    assert [token.id for token in tokens] == [7, 100, 1, 2, 101, 3]
+    assert [token.id for token in tokens if token.thought] == [100, 1, 2, 101]
+    assert text.stopped
+    answer = whole(tokens, Tally(finish="stop"))
+    assert (answer.thought, answer.text) == ("END", "Eyes")
+
+
+def test_a_thought_that_never_ends_leaves_no_answer() -> None:
+    text = TextStream((), thought=(100, 101))
+    tokens = [*text.push(Token(100, ""), b""), *text.push(Token(1, ""), b"thought\nWell"), *text.flush()]
+    answer = whole(tokens, Tally(finish="length"))
+    assert (answer.thought, answer.text) == ("Well", "")
+
+
 @given(st.text("ab中🙂", max_size=30), st.lists(st.text("ab中", min_size=1, max_size=4), max_size=3), st.data())
 def test_any_cut_into_tokens_gives_the_same_text(text: str, stop: list[str], data: st.DataObject) -> None:
     raw, pieces = text.encode(), []

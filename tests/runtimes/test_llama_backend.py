@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +106,24 @@ def test_greedy_text_is_the_models_own(gemma: Any, generator: Generator) -> None
         assert token.logprob == pytest.approx(row[token.id], abs=0.02)
         assert token.top[0][0] == token.id
         assert len(token.top) == 3
+
+
+def test_a_thought_is_told_from_the_answer(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = GenerateOptions(max_tokens=6, temperature=2, top_k=0, top_p=1, seed=1)
+    plain = complete(generator, ask("Hello"), options)
+    assert len({token.id for token in plain.tokens}) == 6
+    monkeypatch.setattr(generator, "_thought", (plain.tokens[1].id, plain.tokens[3].id))
+    answer = complete(generator, ask("Hello"), options)
+    texts = [token.text for token in plain.tokens]
+    assert answer.thought == "".join(texts[1:4]).strip()
+    assert answer.text == "".join(texts[:1] + texts[4:])
+
+
+def test_under_a_grammar_all_is_answer(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (begin,) = generator.tokenize("a")
+    monkeypatch.setattr(generator, "_thought", (begin, -1))
+    answer = complete(generator, ask("Hello"), GenerateOptions(max_tokens=3, grammar='root ::= "a" root'))
+    assert (answer.text[:1], answer.thought) == ("a", "")
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(generator: Generator) -> None:
@@ -298,7 +319,9 @@ def test_an_interrupt_does_not_pass_for_logits(generator: Any) -> None:
 
 
 def test_the_context_is_checked_before_any_work(generator: Generator) -> None:
-    with pytest.raises(UsageError, match=r"The prompt has [\d,]+ tokens \(1 images of 16\); 8,191 fit"):
+    with pytest.raises(
+        UsageError, match=r"The prompt has [\d,]+ tokens \(1 image of 16\); a context of 8,192 has room for 8,191"
+    ):
         generator.generate(ask(LONG * 10, picture()))
 
 
@@ -385,14 +408,21 @@ def _no_gguf(path: Path) -> None:
     path.write_bytes(b"not a model")
 
 
-@pytest.mark.parametrize("damage", [_cut, _no_gguf])
-@pytest.mark.parametrize("part", ["decoder", "vision"])
+@pytest.mark.parametrize(
+    ("part", "damage", "reason"),
+    [
+        ("decoder", _cut, "within the file bounds"),
+        ("vision", _cut, "failed to seek for tensor"),
+        ("decoder", _no_gguf, "invalid magic"),
+        ("vision", _no_gguf, "is no GGUF file"),
+    ],
+)
 def test_a_damaged_file_is_named_with_the_reason(
-    own: Path, capfd: pytest.CaptureFixture[str], part: str, damage: Callable[[Path], None]
+    own: Path, capfd: pytest.CaptureFixture[str], part: str, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(own / f"{part}.gguf")
     restate(own, part)
-    with pytest.raises(CorruptError, match=f"{part}.gguf"):
+    with pytest.raises(CorruptError, match=f"{part}.gguf.*{reason}"):
         complete(open_generator(own, ChatRunOptions(threads=1)), ask(picture(), "Hello"))
     assert capfd.readouterr() == ("", "")
 
@@ -454,6 +484,24 @@ def test_a_manifest_that_contradicts_its_files_is_corrupt(own: Path, chat: dict[
     change(own, chat=None if chat is None else known.model_copy(update=chat))
     with pytest.raises(CorruptError):
         complete(open_generator(own, ChatRunOptions(threads=1)), ask(picture(), "Hello"))
+
+
+def test_a_failed_assertion_is_one_line_and_no_core() -> None:
+    pytest.importorskip("llama_cpp")
+    script = (
+        "from medge.runtimes.llama_model import ggml, library\n"
+        "print('answer so far')\n"
+        "ggml(library()).ggml_abort(b'/build/ggml.c', 7, b'GGML_ASSERT(it) failed')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert (done.returncode, done.stdout) == (5, "answer so far\n")
+    assert done.stderr == "error: llama.cpp gave up: GGML_ASSERT(it) failed. Run: medge verify ARTIFACT\n"
 
 
 def test_nothing_of_a_prompt_is_printed(gemma: Any, capfd: pytest.CaptureFixture[str]) -> None:

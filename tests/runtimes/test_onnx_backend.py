@@ -10,8 +10,8 @@ import pytest
 
 from medge.errors import CorruptError
 from medge.manifest import Artifact
-from medge.runtimes.base import RunOptions
-from medge.runtimes.onnx_backend import OnnxBackend, OnnxSession, physical_cores, session_options
+from medge.runtimes.base import RunOptions, physical_cores
+from medge.runtimes.onnx_backend import OnnxBackend, OnnxSession, session_options
 
 
 def test_outputs_carry_the_manifest_s_names(artifact: Path) -> None:

@@ -195,7 +195,10 @@ def test_seconds_are_told_by_phase(reference: TorchGenerator) -> None:
 
 def test_too_long_a_prompt_is_refused_before_work(chat_checkpoint: Path) -> None:
     generator = open_reference(chat_checkpoint, device="cpu", options=ChatRunOptions(threads=1, context=64))
-    with pytest.raises(UsageError, match=r"290 tokens \(1 images of 256\); 63 fit"):
+    with pytest.raises(
+        UsageError,
+        match=r"290 tokens \(1 image of 256\); a context of 64 has room for 63 beside an answer.*up to 8,192",
+    ):
         generator.generate(IMAGE)
     answer = complete(generator, TEXT, GenerateOptions(max_tokens=500))
     assert answer.prompt_tokens + len(answer.tokens) == 64

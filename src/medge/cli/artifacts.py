@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medge.cli.console import Force, Json, Settings, parse_settings, print_json, print_table, progress, say
-from medge.errors import require
+from medge.errors import UsageError, require
 
 if TYPE_CHECKING:
     from medge.export.formats import Row
@@ -47,6 +47,9 @@ def synth(
     out: Out,
     size: Annotated[str, typer.Option(help="tiny or full.")] = "tiny",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Make each shard when an export reads it, and delete it then.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write a seeded random checkpoint: for plumbing, speed and memory, never accuracy."""
@@ -55,18 +58,26 @@ def synth(
 
     with progress() as report:
         on_tensor = counter(report, "write weights", parameters(model, size))
-        spec = synthesize(model, size, out, seed=seed, replace=force, on_tensor=on_tensor)
+        spec = synthesize(model, size, out, seed=seed, replace=force, lazy=lazy, on_tensor=on_tensor)
     say(f"{out}: {spec.parameters / 1e6:.1f} M random parameters in {len(spec.tensors)} tensors")
 
 
 def fetch(
     model: Annotated[str, typer.Argument(help="A model id.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    lazy: Annotated[
+        Path | None,
+        typer.Option(help="Write this folder, without weights: an export downloads each shard, and deletes it then."),
+    ] = None,
+    force: Force = False,
 ) -> None:
     """Download a gated checkpoint with your own accepted licence; prints its folder."""
     from medge.export.hub import fetch as download
+    from medge.export.hub import fetch_lazily
 
-    typer.echo(download(model, revision))
+    if force and lazy is None:
+        raise UsageError("--force replaces the folder of --lazy", "Leave it out: the hub's cache is kept up to date")
+    typer.echo(download(model, revision) if lazy is None else fetch_lazily(model, lazy, revision, replace=force))
 
 
 def export(
@@ -93,7 +104,8 @@ def export(
     if json:
         print_json({"artifact": str(out), "digest": artifact.digest, "bytes": artifact.bytes, "manifest": manifest})
         return
-    print_table(f"{out}", ["part", "MB", "cosine mean", "cosine min", "centred min"], _part_rows(manifest), numeric=1)
+    cosines = ["cosine mean", "cosine min", "centred min"] if manifest["parity"] else []
+    print_table(f"{out}", ["part", "MB", *cosines], _part_rows(manifest), numeric=1)
     for name, part in manifest["parts"].items():
         say(f"{name}: " + "; ".join(f"{fact} {value}" for fact, value in part["facts"].items()))
 
@@ -104,7 +116,8 @@ def _part_rows(manifest: dict[str, Any]) -> list[list[str]]:
         megabytes = sum(file["bytes"] for file in part["files"]) / 1e6
         found = manifest["parity"].get(name, {})
         cosines = (found.get(key) for key in ("cosine_mean", "cosine_min", "centred_cosine_min"))
-        rows.append([name, f"{megabytes:.1f}", *("–" if c is None else f"{c:.6f}" for c in cosines)])
+        shown = ["–" if c is None else f"{c:.6f}" for c in cosines] if manifest["parity"] else []
+        rows.append([name, f"{megabytes:.1f}", *shown])
     return rows
 
 

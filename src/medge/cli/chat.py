@@ -17,7 +17,7 @@ from medge.cli.inference import ArtifactPath
 from medge.errors import UsageError
 
 if TYPE_CHECKING:
-    from medge.runtimes.generate import GenerateOptions, Generation, Generator, Message, Reply
+    from medge.runtimes.generate import GenerateOptions, Generation, Generator, Message, Reply, Token
 
 PLACE = "<image>"
 """Where an image goes in --prompt."""
@@ -44,6 +44,8 @@ def generate(
 ) -> None:
     """Answer a question, with images where the model reads them.
 
+    What a model thinks before it answers is left out; --stream shows it on stderr, --json has it apart.
+
     --set takes max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs, context, and schema or grammar,
     each the name of a file. The answer is greedy unless temperature is set.
     """
@@ -57,10 +59,11 @@ def generate(
     model = _open(artifact, threads, context)
     messages = _messages(model, _text(prompt), image or [], system, options.max_tokens)
     reply = model.generate(messages, options)
-    if stream:
-        _print_stream(reply)
-    else:
-        _print(whole(_collect(reply, options.max_tokens), reply.tally), model.name, json)
+    answer = whole(_stream(reply) if stream else _collect(reply, options.max_tokens), reply.tally)
+    if not stream:
+        _print(answer, model.name, json)
+    if answer.finish == "length":
+        say(_cut_short(answer, options.max_tokens))
     say("Not a medical device: an answer is no diagnosis.")
 
 
@@ -74,7 +77,7 @@ def _open(artifact: Path, threads: int | None, context: int | None) -> Generator
 def _text(prompt: str) -> str:
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
-        raise UsageError("The prompt is empty")
+        raise UsageError("The prompt is empty", "Ask something: --prompt TEXT, or '-' for standard input")
     return text
 
 
@@ -99,7 +102,8 @@ def _number(key: str, value: str, kind: type[Any] = int) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UsageError(f"--set {key}={value} is no number") from None
+        number = "whole number" if kind is int else "number"
+        raise UsageError(f"--set {key}={value} is no {number}", f"Give one, as --set {key}={kind(1)}") from None
 
 
 def _read(path: Path) -> str:
@@ -108,14 +112,14 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "Check the path") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no UTF-8") from None
+        raise UsageError(f"{path} is no UTF-8", "Save it as UTF-8") from None
 
 
 def _schema(path: Path) -> Any:
     try:
         return json_module.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+        raise UsageError(f"{path} is no JSON: {error}", "Give a file that holds one JSON Schema") from None
 
 
 def _messages(
@@ -147,7 +151,8 @@ def _interleaved(prompt: str, images: Sequence[Path]) -> list[str | Path]:
         return [prompt, *images]
     if len(texts) != len(images) + 1:
         raise UsageError(
-            f"The prompt has {len(texts) - 1} places for {len(images)} images", f"Match {PLACE} and --image"
+            f"The prompt has {len(texts) - 1} {PLACE} and {len(images)} --image are given",
+            f"Give one {PLACE} for each --image, or none and all come after the question",
         )
     content: list[str | Path] = [texts[0]]
     for path, text in zip(images, texts[1:], strict=True):
@@ -155,8 +160,8 @@ def _interleaved(prompt: str, images: Sequence[Path]) -> list[str | Path]:
     return [item for item in content if item != ""]
 
 
-def _collect(reply: Reply, total: int) -> list[Any]:
-    tokens = []
+def _collect(reply: Reply, total: int) -> list[Token]:
+    tokens: list[Token] = []
     with progress() as report:
         report("answer", 0, total)
         for token in reply:
@@ -165,11 +170,24 @@ def _collect(reply: Reply, total: int) -> list[Any]:
     return tokens
 
 
-def _print_stream(reply: Reply) -> None:
+def _stream(reply: Reply) -> list[Token]:
+    """The answer on stdout while it is made; what the model thinks before goes to stderr."""
+    tokens: list[Token] = []
     for token in reply:
-        sys.stdout.write(_printable(token.text))
-        sys.stdout.flush()
+        if tokens and tokens[-1].thought and not token.thought:
+            sys.stderr.write("\n\n")
+        out = sys.stderr if token.thought else sys.stdout
+        out.write(_printable(token.text))
+        out.flush()
+        tokens.append(token)
     sys.stdout.write("\n")
+    return tokens
+
+
+def _cut_short(answer: Generation, max_tokens: int) -> str:
+    where = "while the model was still thinking" if answer.thought and not answer.text else "before the answer's end"
+    full = len(answer.tokens) < max_tokens
+    return f"Cut {where}: {'the context is full' if full else f'--set max_tokens={max_tokens} is reached'}."
 
 
 def _printable(text: str) -> str:
@@ -185,5 +203,5 @@ def _print(answer: Generation, name: str, json: bool) -> None:
         return
     document = {**dataclasses.asdict(answer), "runtime": name}
     if not any(token.top for token in answer.tokens):
-        document["tokens"] = len(answer.tokens)
+        document["tokens"] = len(answer.tokens)  # their texts alone say nothing that `text` does not
     print_json(document)

@@ -81,7 +81,11 @@ def capture(
 def _capture_chat(checkpoint: Path, data: Path | None, out: Path, count: int | None, *, replace: bool) -> None:
     from medge.benchmarks.chat_baseline import capture as run
     from medge.benchmarks.chat_data import BUILT_IN
+    from medge.checkpoint import Checkpoint
+    from medge.export.image_marks import image_mark_flaw
 
+    if flaw := image_mark_flaw(Checkpoint.open(checkpoint)):
+        say(f"warning: {flaw}.")
     with progress() as show:
         baseline = run(
             checkpoint,

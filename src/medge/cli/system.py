@@ -91,12 +91,26 @@ def _fits(ram_gib: float) -> list[tuple[str, str, str, str]]:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")] = Path("medge-demo"),
 ) -> None:
-    """Export the demo model, check it against the reference on real images, classify one, write a report."""
+    """Export the demo models, check them against their references, classify a real image and ask about it."""
     from medge.demo.run import run
 
     with progress() as show:
         result = run(out, show)
     for table in result.tables:
         print_table(table.title, table.columns, table.rows)
-    say("The demo model is tiny and its images few: this shows the tool, and is no medical claim.")
+    if result.missing:
+        say(f"{result.missing}.")
+    for artifact in result.artifacts[:1]:
+        say(f"Ask it more: {_asking(artifact, result.image)}")
+    say("The demo models are tiny and their images few: this shows the tool, and is no medical claim.")
     say(f"Report: {result.report.resolve()}")
+
+
+def _asking(artifact: Path, image: Path) -> str:
+    import shlex
+
+    from medge.demo.findings import TOPICS
+
+    return shlex.join(
+        ["medge", "generate", str(artifact), "--prompt", TOPICS["look"][0], "--image", str(image), "--stream"]
+    )

@@ -1,7 +1,8 @@
-"""A tiny SigLIP that is really trained, and held-out images to try it on: a regression fixture.
+"""A tiny SigLIP and a tiny Gemma 3 that are really trained, and held-out images to try them on: regression fixtures.
 
 train.py makes `model/` and `images/` from the medical images that permissively licensed packages ship
-(sources.py); run.py is `medge demo`. Its crops come from a few images: never a medical claim.
+(sources.py), train_generator.py makes `generator/`; run.py and asking.py are `medge demo`. All crops come from a few
+images: never a medical claim.
 """
 
 from __future__ import annotations
