@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medge.benchmarks import chat_race
-from medge.benchmarks.chat_race import CONVERT_BF16, CONVERT_Q8, Round, of_llama, of_medge, run_round
+from medge.benchmarks.chat_race import CONVERT_BF16, CONVERT_Q8, SCHEMES, Rates, Round, of_llama, of_medge, run_round
 from medge.benchmarks.llama_tools import LlamaTools, with_sentencepiece
 from medge.benchmarks.races import Usage
 from medge.demo import GENERATOR
@@ -26,8 +26,8 @@ def measured(int8_wall: float = 4.0) -> Round:
         of_medge("int4-k"): Usage(5.0, 30.0, 2 * 10**9),
         of_llama("Q4_K_M"): Usage(5.0, 100.0, 3 * 10**9),
     }
-    rates = {what: {"medge": 9.9, "llama-bench": 10.0} for what in ("prefill", "decode")}
-    return Round(usage, rates, bandwidth_share=0.75)
+    rates = Rates(prefill=50.0, decode=9.9, llama_prefill=51.0, llama_decode=10.0, bandwidth_share=0.75)
+    return Round(usage, {"Q4_0": rates})
 
 
 def test_goals_are_medians_over_rounds_of_ratios_within_a_round() -> None:
@@ -49,7 +49,7 @@ def test_tables_name_every_job_and_goal(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(shown.splitlines()[-1])["Q4_0: decoding over llama-bench's"] == pytest.approx(0.99)
 
 
-def test_a_round_runs_every_job_and_leaves_one_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_runs_every_job_and_leaves_the_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def spend(command: list[str]) -> Usage:
@@ -60,13 +60,17 @@ def test_a_round_runs_every_job_and_leaves_one_artifact(tmp_path: Path, monkeypa
         return Usage(1.0, 2.0, 3)
 
     monkeypatch.setattr(chat_race, "spend", spend)
-    monkeypatch.setattr(chat_race, "_rates", lambda artifact, tools, threads: ({}, float(artifact.is_dir())))
+    monkeypatch.setattr(chat_race, "_rates", lambda artifact, tools, threads: Rates(1, 2, 3, 4, artifact.is_dir()))
     (tmp_path / "checkpoint").symlink_to(GENERATOR)
     found = run_round(tmp_path, TOOLS, 2, lambda line: None)
-    assert seen == ["int8", "text", "image", "int4", "text", "image", "quant", "int4-k", "quant"]
+    assert seen == ["int8", "text", "image", "int4", "text", "image", "quantized", "int4-k", "quantized"]
     assert found.usage[CONVERT_Q8] == Usage(2.0, 4.0, 3)
-    assert found.bandwidth_share == 1.0
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "checkpoint-spm", "gguf-int4"}
+    assert {kind: rates.bandwidth_share for kind, rates in found.rates.items()} == dict.fromkeys(SCHEMES.values(), 1)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint",
+        "checkpoint-spm",
+        *(f"gguf-{one}" for one in SCHEMES),
+    }
 
 
 def test_the_converters_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
