@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from medge.errors import CorruptError, UsageError
+from medge.errors import ContextError, CorruptError, UsageError
 from medge.manifest import Artifact
 from medge.runtimes.base import RunOptions
 from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
@@ -135,7 +135,7 @@ class LlamaGenerator:
         """Images in place of their tokens, and whether all of it fits."""
         tokens = len(prompt.ids)
         if tokens >= self.context:
-            raise UsageError(
+            raise ContextError(
                 f"The prompt has {tokens:,} tokens ({len(prompt.images)} images of {self.image_tokens});"
                 f" {self.context - 1:,} fit beside an answer",
                 f"Shorten it, or open the artifact with a larger context: the model's own is {self._chat.context:,}",
