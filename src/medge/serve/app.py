@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
 from collections.abc import Set as AbstractSet
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TypeVar
 
-from anyio.to_thread import run_sync
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -43,6 +44,8 @@ PAGE = {
     "/page.js": ("page.js", "text/javascript"),
 }
 """Path -> file of the package, media type."""
+_DECODED_AT_ONCE = 2
+"""Previews: an image of the most pixels takes 150 MB."""
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -126,11 +129,12 @@ class _Paths:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._models, self._limits, self._metrics = service.models, service.limits, service.metrics
+        self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def chat(self, request: Request) -> Response:
         asked = await read(request, ChatRequest, self._limits)
         served, model = self._models.generator(asked.model)
-        what = await run_sync(ask, asked, model, self._limits)
+        what = await run_in_threadpool(ask, asked, model, self._limits)
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         completion = Completion(served.id, what.tools, logprobs=bool(asked.logprobs), with_usage=with_usage)
         return Answer(served, model, what, completion, self._metrics, stream=asked.stream)
@@ -138,15 +142,15 @@ class _Paths:
     async def embeddings(self, request: Request) -> Response:
         asked = await read(request, EmbeddingRequest, self._limits)
         served, model = self._models.embedder(asked.model)
-        inputs = await run_sync(embedding_inputs, asked, self._limits)
+        inputs = await run_in_threadpool(embedding_inputs, asked, self._limits)
         rows, tokens = await self._made(request, served, len(inputs), lambda: embeddings(model, inputs))
-        return await run_sync(lambda: JSONResponse(embeddings_document(asked, rows, tokens)))
+        return await run_in_threadpool(lambda: JSONResponse(embeddings_document(asked, rows, tokens)))
 
     async def classify(self, request: Request) -> Response:
         asked = await read(request, ClassifyRequest, self._limits)
         served, model = self._models.embedder(asked.model)
         check_classes(asked, self._limits)
-        image = await run_sync(image_bytes, asked.image, self._limits, "image")
+        image = await run_in_threadpool(image_bytes, asked.image, self._limits, "image")
         inputs = 1 + len(asked.labels) * len(asked.templates)
         scores = await self._made(request, served, inputs, lambda: classification(model, image, asked))
         return JSONResponse(scores)
@@ -165,8 +169,9 @@ class _Paths:
 
     async def preview(self, request: Request) -> Response:
         asked = await read(request, PreviewRequest, self._limits)
-        image = await run_sync(image_bytes, asked.image, self._limits, "image")
-        return Response(await run_sync(preview, image), media_type="image/png")
+        image = await run_in_threadpool(image_bytes, asked.image, self._limits, "image")
+        async with self._decoding:
+            return Response(await run_in_threadpool(preview, image), media_type="image/png")
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [served.document() for served in self._models]})

@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
-from anyio.to_thread import run_sync
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -82,7 +82,7 @@ class Guard:
             self._check(scope)
             await self._app(scope, receive, counted)
         except ClientDisconnect:
-            pass
+            pass  # nobody is there to be answered
         except Exception as error:
             if status == 499:
                 await _refusal(error).response()(scope, receive, counted)
@@ -134,7 +134,7 @@ async def read(request: Request, kind: type[M], limits: Limits) -> M:
             408, f"The body did not arrive within {limits.read_seconds} s", "timeout", headers={"Connection": "close"}
         ) from None
     try:
-        return await run_sync(kind.model_validate_json, body)
+        return await run_in_threadpool(kind.model_validate_json, body)
     except ValidationError as error:
         raise unreadable(error) from None
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from medge.errors import UsageError
 
 _MIB = 1 << 20
+
+
+def _limit(default: int, what: str) -> Any:
+    return field(default=default, metadata={"what": what})
 
 
 @dataclass(frozen=True)
@@ -19,30 +24,20 @@ class Limits:
         UsageError: a value below 1.
     """
 
-    queue: int = 32
-    """Requests that wait for one model; the next is answered with 429."""
-    body_bytes: int = 64 * _MIB
-    held_bytes: int = 512 * _MIB
-    """Bodies of all requests that are read, waiting or running."""
-    image_bytes: int = 32 * _MIB
-    image_pixels: int = 50_000_000
-    """By the image's header: a decompression bomb is never decoded."""
-    images: int = 32
-    """Images in one request."""
-    messages: int = 512
-    tools: int = 64
-    inputs: int = 256
-    """Texts and images in one request for embeddings, and labels of a classification."""
-    schema_bytes: int = 64 * 1024
-    """Of a JSON Schema, written without spaces."""
-    answer_tokens: int = 4096
-    """An answer ends here with the reason `length`, whatever a request asks for."""
-    read_seconds: int = 60
-    """For a request to arrive whole."""
-    write_seconds: int = 60
-    """Without reading for so long, a client is cut off."""
-    grace_seconds: int = 30
-    """For what runs and waits when the server is told to stop."""
+    queue: int = _limit(32, "requests that wait for one model; the next is answered with 429")
+    body_bytes: int = _limit(64 * _MIB, "of one request")
+    held_bytes: int = _limit(512 * _MIB, "bodies of all requests that are read, waiting or running; beyond it 429")
+    image_bytes: int = _limit(32 * _MIB, "of one image's file")
+    image_pixels: int = _limit(50_000_000, "of one image, by its header: a decompression bomb is never decoded")
+    images: int = _limit(32, "in one request")
+    messages: int = _limit(512, "in one request")
+    tools: int = _limit(64, "in one request")
+    inputs: int = _limit(256, "texts and images in one request for embeddings; prompts in a classification")
+    schema_bytes: int = _limit(64 * 1024, "of one JSON Schema, written without spaces")
+    answer_tokens: int = _limit(4096, "an answer ends here with the reason `length`, whatever a request asks for")
+    read_seconds: int = _limit(60, "for a request to arrive whole")
+    write_seconds: int = _limit(60, "a client that reads nothing for so long is cut off")
+    grace_seconds: int = _limit(30, "for what runs and waits when the server is told to stop")
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

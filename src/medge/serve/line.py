@@ -12,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from starlette.requests import ClientDisconnect
+
 from medge.serve.errors import ApiError
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ class Job(Generic[T]):
         self._work = work
         self._loop = asyncio.get_running_loop()
         self._made: asyncio.Queue[T | _End] = asyncio.Queue()
-        self.reason: ApiError | None = None
+        self.reason: Exception | None = None
         """Why it was cancelled."""
         self._submitted = time.perf_counter()
         self.waited = 0.0
@@ -61,7 +63,7 @@ class Job(Generic[T]):
         """Whether the work should stop; asked from the model's thread."""
         return self.reason is not None
 
-    def cancel(self, reason: ApiError) -> None:
+    def cancel(self, reason: Exception) -> None:
         """Stop; the asker gets the reason where it is still there."""
         self.reason = self.reason or reason
 
@@ -128,7 +130,7 @@ class Line:
 
     def leave(self, job: Job[T]) -> None:
         """The client has left: cancel its job; one that waits makes room at once."""
-        job.cancel(ApiError(499, "The client has left", "client_left"))
+        job.cancel(ClientDisconnect())
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)

@@ -86,9 +86,9 @@ def read_key(path: Path | None) -> str | None:
     key = (lines.splitlines() or [""])[0].strip()
     if not key and path is None:
         return None
-    if len(key) < _MIN_KEY:
+    if len(key) < _MIN_KEY or not key.isascii():  # a header's bytes beyond ASCII mean what each client likes
         raise UsageError(
-            f"The API key has fewer than {_MIN_KEY} characters",
+            f"The API key has fewer than {_MIN_KEY} characters, or some beyond ASCII",
             'Make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"',
         )
     return key
