@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from medge.serve.embed import (
     preview,
 )
 from medge.serve.errors import ApiError
-from medge.serve.guard import Guard, read
+from medge.serve.guard import Guard, aside, read
 from medge.serve.images import image_bytes
 from medge.serve.limits import Limits
 from medge.serve.metrics import MEDIA_TYPE, Metrics
@@ -134,7 +135,7 @@ class _Paths:
     async def chat(self, request: Request) -> Response:
         asked = await read(request, ChatRequest, self._limits)
         served, model = self._models.generator(asked.model)
-        what = await run_in_threadpool(ask, asked, model, self._limits)
+        what = await aside(request, partial(ask, asked, model, self._limits))
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         completion = Completion(served.id, what.tools, logprobs=bool(asked.logprobs), with_usage=with_usage)
         return Answer(served, model, what, completion, self._metrics, stream=asked.stream)
@@ -142,7 +143,7 @@ class _Paths:
     async def embeddings(self, request: Request) -> Response:
         asked = await read(request, EmbeddingRequest, self._limits)
         served, model = self._models.embedder(asked.model)
-        inputs = await run_in_threadpool(embedding_inputs, asked, self._limits)
+        inputs = await aside(request, partial(embedding_inputs, asked, self._limits))
         rows, tokens = await self._made(request, served, len(inputs), lambda: embeddings(model, inputs))
         return await run_in_threadpool(lambda: JSONResponse(embeddings_document(asked, rows, tokens)))
 
@@ -150,7 +151,7 @@ class _Paths:
         asked = await read(request, ClassifyRequest, self._limits)
         served, model = self._models.embedder(asked.model)
         check_classes(asked, self._limits)
-        image = await run_in_threadpool(image_bytes, asked.image, self._limits, "image")
+        image = await aside(request, partial(image_bytes, asked.image, self._limits, "image"))
         inputs = 1 + len(asked.labels) * len(asked.templates)
         scores = await self._made(request, served, inputs, lambda: classification(model, image, asked))
         return JSONResponse(scores)
@@ -169,7 +170,7 @@ class _Paths:
 
     async def preview(self, request: Request) -> Response:
         asked = await read(request, PreviewRequest, self._limits)
-        image = await run_in_threadpool(image_bytes, asked.image, self._limits, "image")
+        image = await aside(request, partial(image_bytes, asked.image, self._limits, "image"))
         async with self._decoding:
             return Response(await run_in_threadpool(preview, image), media_type="image/png")
 
