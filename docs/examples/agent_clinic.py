@@ -79,7 +79,7 @@ class Clinic:
                 parallel_tool_calls=False,
             )
             message = answer.choices[0].message
-            (call,) = message.tool_calls or ()
+            call: Any = (message.tool_calls or [])[0]
             name, (argument,) = call.function.name, json.loads(call.function.arguments).values()
             if name == "diagnose":
                 self._note(name, argument, "")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medge.errors import UsageError
 from medge.runtimes.json_schema import MAX_REPEATS, check_schema
@@ -71,3 +74,16 @@ def test_what_nothing_fits(schema: Any, fault: str) -> None:
 def test_no_grammar_is_made_of_one() -> None:
     with pytest.raises(UsageError, match="contradicts itself"):
         gbnf({"type": "string", "minLength": 5, "maxLength": 2})
+
+
+KEYWORDS = st.sampled_from([
+    "type", "enum", "const", "properties", "required", "additionalProperties", "items", "prefixItems", "anyOf", "allOf",
+    "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum", "pattern", "$ref", "$defs", "string",
+])  # fmt: skip
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | KEYWORDS | st.sampled_from(["{", "a{3,1}", "{9}"])
+
+
+@given(st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=4)))
+def test_any_json_is_taken_or_refused(schema: Any) -> None:
+    with contextlib.suppress(UsageError):
+        check_schema(schema)

@@ -124,7 +124,8 @@ class Scripted:
     image: Any = None
     image_tokens: int = 16
     asked: list[tuple[Sequence[Message], GenerateOptions]] = field(default_factory=list)
-    cancellations: int = 0
+    said: int = 0
+    """Tokens of the last answer that were asked beyond."""
     closed: bool = False
 
     def generate(
@@ -140,12 +141,12 @@ class Scripted:
         for i, text in enumerate(answer):
             time.sleep(self.pause)
             if cancelled():
-                self.cancellations += 1
                 tally.finish = "cancelled"
                 return
             if i and self.failure:
                 raise self.failure
             yield Token(i, text)
+            self.said = i + 1
         tally.finish = "stop"
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ def test_tokens_come_one_by_one_and_can_be_stopped(visit: Callable[..., Any], sc
         page.wait_for_selector(DONE)
         assert page.inner_text(f"{DONE} .figures") == "stopped"
         server.until_idle()
-        assert model.cancellations == 1
+        assert model.said < 2000
         assert ask(page, "Once more.") == "again"
         assert [message.role for message in model.asked[1][0]] == ["user", "assistant", "user"]
         page.click("#clear")

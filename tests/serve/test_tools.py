@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.serve.conftest import XRAY, Running, Scripted, data_url
 
 from medge.runtimes.chat import ChatTemplate
@@ -65,11 +67,27 @@ def test_what_is_a_call(answer: str) -> None:
         "[]",
         "3",
         f"[{CALL}, 3]",
+        '{"name": "measure", "parameters": {"what": NaN}}',
         "[" * 100_000,
     ],
 )
 def test_what_is_a_text(answer: str) -> None:
     assert Toolbox((MEASURE, WAIT)).read(answer) == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.sampled_from(["measure", "wait", "x"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["name", "parameters", "arguments", "x"]), inner, max_size=3)
+        ),
+    )
+)
+def test_whatever_a_model_writes_is_read(found: Any) -> None:
+    for call in Toolbox((MEASURE, WAIT)).read(json.dumps(found)):
+        assert call.name in ("measure", "wait")
+        assert isinstance(json.loads(call.arguments), dict)
 
 
 def test_several_calls_where_they_are_allowed() -> None:

@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from medge.errors import MedgeError
 from medge.runtimes.generate import Generator as ChatModel
 from medge.runtimes.generate import Reply, Tally, Token
 from medge.serve.ask import Ask
 from medge.serve.documents import Completion, event
-from medge.serve.errors import ApiError, known
+from medge.serve.errors import refusal
 from medge.serve.line import Job, Line, Work
 from medge.serve.metrics import Metrics
 from medge.serve.models import Served
@@ -30,13 +30,12 @@ async def in_line(line: Line, work: Work[T], receive: Receive) -> AsyncIterator[
 
     Raises:
         ApiError: the line is full or the server is stopping.
+        ClientDisconnect: the client has left; nobody is to be answered.
     """
     job = line.submit(work)
     watch = asyncio.create_task(_leave_with_client(line, job, receive))
     try:
         yield job
-    except MedgeError as error:
-        raise known(error) from None
     finally:
         watch.cancel()
         line.leave(job)
@@ -106,8 +105,10 @@ class Answer(Response):
             await _chunk(send, self._completion.first())
             sent = await self._pieces(job, send)
             await self._end(sent, tally, job.waited, send)
-        except (MedgeError, ApiError) as error:  # too late for a status
-            await _chunk(send, event((known(error) if isinstance(error, MedgeError) else error).document()))
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # too late for a status
+            await _chunk(send, event(refusal(error).document()))
         await _chunk(send, b"", more=False)
 
     async def _pieces(self, job: Job[Reply | Token], send: Send) -> int:

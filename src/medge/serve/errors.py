@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from medge.errors import ContextError, CorruptError, MedgeError, MissingExtraError, UnsupportedError, UsageError
 
+LOG = logging.getLogger("medge.serve")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Status -> OpenAI's `type`; else a server's own fault, or an invalid request."""
 _CODES: dict[type[MedgeError], tuple[int, str]] = {
@@ -48,6 +52,19 @@ class ApiError(Exception):
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A request that asks for what cannot be."""
     return ApiError(400, message, code, param=param)
+
+
+def refusal(error: Exception) -> ApiError:
+    """The answer to whatever went wrong. What nobody expected is logged: its kind and place alone, since its text may
+    quote a prompt.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MedgeError):
+        return known(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    LOG.error("internal error: %s in %s, line %s", type(error).__name__, Path(last.filename).name, last.lineno)
+    return ApiError(500, "An error of the server itself; its log says where", "internal_error")
 
 
 def known(error: MedgeError) -> ApiError:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import logging
-import os
-import traceback
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -19,14 +16,12 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medge.errors import MedgeError
-from medge.serve.errors import ApiError, known, unreadable
+from medge.serve.errors import ApiError, refusal, unreadable
 from medge.serve.limits import Limits
 from medge.serve.metrics import Metrics
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
-LOG = logging.getLogger("medge.serve")
 _HELD = "medge.held"
 """In a request's scope: what its body takes of the room."""
 _LITTLE = 32 * 1024
@@ -89,8 +84,9 @@ class Guard:
         except ClientDisconnect:
             pass  # nobody is there to be answered
         except Exception as error:
+            refused = refusal(error)
             if status == 499:
-                await _refusal(error).response()(scope, receive, counted)
+                await refused.response()(scope, receive, counted)
         finally:
             held.release()
             self._metrics.answered(_path(scope), status)
@@ -168,17 +164,6 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(
         413, f"The body has more than {limit:,} bytes", "request_too_large", headers={"Connection": "close"}
     )
-
-
-def _refusal(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, MedgeError):
-        return known(error)
-    # Only where it happened: an error's text may quote a prompt.
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    LOG.error("internal error: %s in %s, line %s", type(error).__name__, os.path.basename(last.filename), last.lineno)  # noqa: PTH119
-    return ApiError(500, "An error of the server itself; its log says where", "internal_error")
 
 
 def _path(scope: Scope) -> str:

@@ -177,3 +177,4 @@ class Line:
             start = time.perf_counter()
             job.run()
             self._mean_seconds += _RECENT * (time.perf_counter() - start - self._mean_seconds)
+            del job  # and with it what it was asked, which need not stay until the next comes

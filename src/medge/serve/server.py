@@ -18,7 +18,7 @@ import uvicorn
 
 from medge.errors import UsageError
 from medge.serve.app import Service, create_app
-from medge.serve.guard import LOG
+from medge.serve.errors import LOG
 from medge.serve.limits import Limits
 from medge.serve.models import Models
 from medge.serve.protocol import protocol

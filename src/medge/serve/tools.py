@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from medge.errors import UsageError
 from medge.runtimes.json_schema import check_schema
@@ -78,7 +78,7 @@ class Toolbox:
         if not self.functions:
             return []
         try:
-            found = json.loads(_unfenced(answer))
+            found = json.loads(_unfenced(answer), parse_constant=_no_json)
         except (ValueError, RecursionError):
             return []
         calls = [self._read(each) for each in (found if isinstance(found, list) else [found])]
@@ -158,6 +158,11 @@ def written(call: Mapping[str, Any]) -> str:
 def result(name: str, content: str) -> str:
     """What a function gave, in the user's turn, as Gemma's examples show it."""
     return f"```tool_output\n{json.dumps({'name': name, 'content': content}, ensure_ascii=False)}\n```"
+
+
+def _no_json(constant: str) -> NoReturn:
+    """What Python's parser takes and JSON has not: NaN and the infinities."""
+    raise ValueError(constant)
 
 
 def _unfenced(answer: str) -> str:
