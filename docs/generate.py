@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from medge.benchmarks.real_gemma import RealWeights, table
 from medge.export.formats import rows
 from medge.manifest import json_schema
 from medge.quantize.scheme import load, names
+from medge.serve.limits import Limits
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +42,13 @@ def schemes_table() -> str:
     return "\n".join(rows)
 
 
+def limits_table() -> str:
+    """The server's limits with their defaults."""
+    rows = ["| limit | default | what |", "|---|---|---|"]
+    rows += [f"| `{f.name}` | {f.default:,} | {f.metadata['what']} |" for f in dataclasses.fields(Limits)]
+    return "\n".join(rows)
+
+
 def fill(text: str, mark: str, body: str) -> str:
     """Replace what stands between <!-- mark --> and <!-- /mark -->."""
     pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
@@ -51,12 +60,14 @@ def generated() -> dict[Path, str]:
     readme, schemes, formats = ROOT / "README.md", ROOT / "docs/schemes.md", ROOT / "docs/formats.md"
     weights = ROOT / "docs/real_weights.md"
     measured = table(RealWeights.load(weights.with_suffix(".json")))
+    serve = ROOT / "docs/serve.md"
     matrix = fill(formats.read_text(encoding="utf-8"), "targets", targets_table())
     return {
         readme: fill(readme.read_text(encoding="utf-8"), "targets", targets_table()),
         schemes: fill(schemes.read_text(encoding="utf-8"), "schemes", schemes_table()),
         formats: fill(matrix, "reasons", reasons_table()),
         weights: fill(weights.read_text(encoding="utf-8"), "real-weights", measured),
+        serve: fill(serve.read_text(encoding="utf-8"), "limits", limits_table()),
         ROOT / "docs/manifest.schema.json": json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
     }
 

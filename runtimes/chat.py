@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.sandbox
 
-from medge.errors import CorruptError, MedgeError, UsageError
+from medge.errors import ContextError, CorruptError, MedgeError, UsageError
 from medge.runtimes.generate import Message, Prompt
 from medge.runtimes.images import ImageLike, load_image
 from medge.spec import ChatFormat
@@ -133,14 +133,14 @@ class Prompter:
         """Refuse a prompt before any work on it.
 
         Raises:
-            UsageError: it leaves no room for an answer.
+            ContextError: it leaves no room for an answer.
         """
         if len(prompt.ids) < self.context:
             return
         count = len(prompt.images)
         images = f" ({count} image{'s' * (count > 1)} of {self.image_tokens})" if count else ""
         wider = f"open the model with a larger context (--set context=N): it takes up to {self.own_context:,}"
-        raise UsageError(
+        raise ContextError(
             f"The prompt has {len(prompt.ids):,} tokens{images}; a context of {self.context:,} has room for "
             f"{self.context - 1:,} beside an answer",
             f"Shorten it, or {wider}" if self.context < self.own_context else "Shorten it: the model takes no more",

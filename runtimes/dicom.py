@@ -56,6 +56,21 @@ def read_dicom(stream: IO[bytes], name: str, frame: int = 0) -> Picture:
         return _read(pydicom, stream, name, frame)
 
 
+def dicom_size(stream: IO[bytes], name: str) -> tuple[int, int]:
+    """Width and height of a DICOM file's frames, by its header.
+
+    Raises:
+        MissingExtraError: pydicom is not installed.
+        UsageError: no DICOM, another modality, or no pixels.
+    """
+    pydicom = require("pydicom", "dicom")
+    with unlogged():
+        found = read_header(pydicom, stream, name)
+        _check_modality(found, name)
+        check_frame(found, name, 0)
+        return int(found.Columns), int(found.Rows)
+
+
 @contextmanager
 def unlogged() -> Iterator[None]:
     """pydicom's warnings quote what an element holds, in a damaged file perhaps a patient's name."""

@@ -25,12 +25,15 @@ T = TypeVar("T")
 IMAGE, TEXT = "image_encoder", "text_encoder"
 SCALARS = ("logit_scale", "logit_bias")
 """What scoring needs beside the embeddings."""
+CACHED_TEXTS = 4096
+"""About 20 MB of MedSigLIP's embeddings: who serves texts of others would else fill the memory with them."""
 
 
 class Embedder:
     """A dual encoder: `embed_images`, `embed_texts`, `classify`.
 
-    Embeddings are (N, D) float32 rows of length one. Text embeddings are cached by text. Not a medical device.
+    Embeddings are (N, D) float32 rows of length one. Text embeddings are cached by text, the latest CACHED_TEXTS of
+    them. Not a medical device.
     """
 
     def __init__(
@@ -105,7 +108,10 @@ class Embedder:
         if new:
             ids = (self.tokenizer(batch) for batch in _batches(new, self.batch_size))
             self._texts |= zip(new, self._embed(TEXT, ids, None), strict=True)
-        return np.stack([self._texts[text] for text in texts])
+        rows = np.stack([self._texts[text] for text in texts])
+        for text in list(self._texts)[:-CACHED_TEXTS]:
+            del self._texts[text]
+        return rows
 
     def class_embeddings(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> FloatArray:
         """(L, D): the mean of a label's prompt embeddings over the templates, at length one.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -268,12 +268,21 @@ _CHANNEL = "thought\n"
 """What stands right after the mark that begins a thought: the channel's name."""
 
 
+def answer_text(tokens: Iterable[Token]) -> str:
+    """What is said in some tokens, thoughts left out."""
+    return "".join(token.text for token in tokens if not token.thought)
+
+
+def thought_text(tokens: Iterable[Token]) -> str:
+    """What was thought before it was said; empty where nothing was."""
+    return "".join(token.text for token in tokens if token.thought).removeprefix(_CHANNEL).strip()
+
+
 def whole(tokens: Sequence[Token], tally: Tally) -> Generation:
     """The answer that a finished reply gave."""
-    thought = "".join(token.text for token in tokens if token.thought)
     return Generation(
-        text="".join(token.text for token in tokens if not token.thought),
-        thought=thought.removeprefix(_CHANNEL).strip(),
+        text=answer_text(tokens),
+        thought=thought_text(tokens),
         tokens=tuple(tokens),
         finish=tally.finish or "cancelled",  # whoever stops asking has cancelled
         prompt_tokens=tally.prompt_tokens,

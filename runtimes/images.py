@@ -82,6 +82,26 @@ def load_image(source: ImageLike, frame: int = 0) -> Picture:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from None
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height that an encoded file's header states. No pixel is decoded.
+
+    Raises:
+        UsageError: no image there, or one without pixels, or with more than MAX_PIXELS.
+        MissingExtraError: a DICOM, and pydicom is not installed.
+    """
+    stream = io.BytesIO(data)
+    if not data:
+        raise UsageError("The image is empty", _REMEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if data[128:132] == b"DICM":
+            from medge.runtimes.dicom import dicom_size
+
+            return dicom_size(stream, "The image")
+        with _open(stream, "The image", 0) as image:
+            return image.size
+
+
 def check_size(width: int, height: int, name: str) -> None:
     """Refuse an image by the size that its header states.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from medge.errors import UsageError, require
 from medge.runtimes.generate import GenerateOptions
+from medge.runtimes.json_schema import LISTS_OF_SCHEMAS, NAMED_SCHEMAS, SCHEMAS, check_schema, inner_schemas
 from medge.runtimes.llama_context import Context
 from medge.runtimes.llama_model import Model
 
@@ -143,12 +144,9 @@ def _stderr() -> Iterator[IO[bytes]]:
             os.close(kept)
 
 
-_SCHEMAS = {"additionalProperties", "items"}
-_LISTS_OF_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
-_NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
 _LIMITS = {"minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "required", "enum", "const"}
 _ANNOTATIONS = {"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"}
-_KNOWN = {"type", "$ref"} | _SCHEMAS | _LISTS_OF_SCHEMAS | _NAMED_SCHEMAS | _LIMITS | _ANNOTATIONS
+_KNOWN = {"type", "$ref"} | SCHEMAS | LISTS_OF_SCHEMAS | NAMED_SCHEMAS | _LIMITS | _ANNOTATIONS
 _FORMATS = ("date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5")
 
 
@@ -159,8 +157,9 @@ def gbnf(schema: Mapping[str, Any]) -> str:
     its caller relies on.
 
     Raises:
-        UsageError: the schema cannot be converted, or says what a grammar does not enforce.
+        UsageError: the schema contradicts itself, cannot be converted, or says what a grammar does not enforce.
     """
+    check_schema(schema)
     for keyword in _keywords(schema):
         if keyword not in _KNOWN:
             raise UsageError(f"The JSON Schema uses '{keyword}', which no grammar enforces", "Remove it")
@@ -184,14 +183,5 @@ def _keywords(schema: Any) -> Iterator[str]:
         )
     for keyword, value in schema.items():
         yield keyword
-        for inner in _inner(keyword, value):
+        for inner in inner_schemas(keyword, value):
             yield from _keywords(inner)
-
-
-def _inner(keyword: str, value: Any) -> Iterator[Any]:
-    if keyword in _LISTS_OF_SCHEMAS and isinstance(value, list):
-        yield from value
-    elif keyword in _NAMED_SCHEMAS and isinstance(value, Mapping):
-        yield from value.values()
-    elif keyword in _SCHEMAS:
-        yield value

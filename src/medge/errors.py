@@ -34,6 +34,10 @@ class UsageError(MedgeError):
     exit_code = 2
 
 
+class ContextError(UsageError):
+    """A prompt has more tokens than the model's context holds."""
+
+
 class UnsupportedError(MedgeError):
     """A cell of model x format x scheme that cannot be built, with its reason."""
 

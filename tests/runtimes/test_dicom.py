@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medge.errors import MissingExtraError, UsageError
-from medge.runtimes.images import Picture, load_image
+from medge.runtimes.images import Picture, image_size, load_image
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.data import get_testdata_file  # noqa: E402
@@ -78,6 +78,7 @@ def test_a_packaged_ct_gets_the_documented_window() -> None:
     picture = load_image(path)
     assert picture.maximum == 65535
     assert np.abs(picture.pixels[:, :, 0] - expected).max() <= 1
+    assert image_size(Path(path).read_bytes()) == (stored.Columns, stored.Rows)
 
 
 def test_a_window_maps_center_and_width_to_the_full_range() -> None:

@@ -216,3 +216,14 @@ def test_a_missing_extra_is_named(
     with pytest.raises(MissingExtraError, match=f"'{package}' is not installed") as caught:
         medge.open_embedder(own_artifact)
     assert f"medge[{format}]" in caught.value.remedy
+
+
+def test_only_the_latest_texts_are_kept(
+    embedder: Embedder, sessions: dict[str, FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medge.runtimes.embed.CACHED_TEXTS", 2)
+    three = embedder.embed_texts(["a", "b", "c"])
+    np.testing.assert_array_equal(embedder.embed_texts(["b", "c"]), three[1:])
+    assert sessions["text_encoder"].batches == [3]
+    np.testing.assert_allclose(embedder.embed_texts(["a"])[0], three[0], atol=1e-6)
+    assert sessions["text_encoder"].batches == [3, 1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from medge.errors import UsageError
 from medge.runtimes import images
-from medge.runtimes.images import load_image
+from medge.runtimes.images import image_size, load_image
 
 GRADIENT = np.arange(7 * 5 * 3, dtype=np.uint8).reshape(5, 7, 3)
 DEEP = np.array([[0, 257, 4095], [32768, 65534, 65535]], dtype=np.uint16)
@@ -204,3 +204,14 @@ def test_pixels_of_32_bits_are_refused_not_guessed(mode: str) -> None:
         load_image(encode(PIL.Image.new(mode, (3, 3)), "TIFF"))
     with pytest.raises(UsageError, match="no pixels"):
         load_image(PIL.Image.new(mode, (0, 0)))
+
+
+def test_the_size_is_read_without_the_pixels() -> None:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (7, 5)).save(file, "PNG")
+    assert image_size(file.getvalue()) == (7, 5)
+    assert image_size(file.getvalue()[:-20]) == (7, 5)
+    with pytest.raises(UsageError, match="is empty"):
+        image_size(b"")
+    with pytest.raises(UsageError, match="no image that medge knows"):
+        image_size(b"text")

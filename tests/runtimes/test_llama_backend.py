@@ -210,7 +210,8 @@ def test_a_grammar_constrains_the_answer(generator: Generator) -> None:
         ({"schema": {"type": "number", "maximum": 3}}, "'maximum'"),
         ({"schema": {"type": "object", "properties": {"a": {"type": "string", "format": "email"}}}}, "format"),
         ({"schema": {"$ref": "https://example.org/schema"}}, "cannot be used"),
-        ({"schema": {"type": "nothing"}}, "cannot be used"),
+        ({"schema": {"type": "nothing"}}, "a type that is none of"),
+        ({"schema": {"type": "array", "maxItems": 10**8}}, "no more than 1,000"),
         ({"schema": {"type": "array", "items": 3}}, "no object"),
     ],
 )

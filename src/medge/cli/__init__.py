@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 import typer
 
-from medge.cli import artifacts, chat, gate, inference, system
+from medge.cli import artifacts, chat, gate, inference, serve, system
 from medge.errors import MedgeError, UsageError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for register in (artifacts.register, inference.register, chat.register, gate.register, system.register):
+for register in (artifacts.register, inference.register, chat.register, serve.register, gate.register, system.register):
     register(app)
 
 

@@ -18,6 +18,7 @@ _EXTRAS = {
     "eval": ("sklearn", "scipy"),
     "dicom": ("pydicom",),
     "device": ("adbutils",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
 }
 
 
