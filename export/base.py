@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from medge.checkpoint import Checkpoint
 from medge.manifest import Format
 from medge.progress import Progress
@@ -48,6 +50,8 @@ class PartJob:
     """Progress of long steps that read no weights."""
     samples: Callable[[int], Iterator[Tensors]] = lambda count: iter(())
     """Real inputs, a batch of one each, for exporters that calibrate on a graph of their own."""
+    context: int = 0
+    """Tokens that a decoder's cache may hold, at most."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -66,7 +70,12 @@ class PartJob:
             self.on_tensor(value.size)
             return value
 
-        return Weight(name, counted)
+        def counted_rows(step: int) -> Iterator[NDArray[Any]]:
+            for rows in self.checkpoint.raw_rows(name, step):
+                self.on_tensor(rows.size)
+                yield rows
+
+        return Weight(name, counted, counted_rows)
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,12 @@ class Exporter(Protocol):
     format: Format
     extra: str
     """The optional dependency set that it needs."""
+    operators: tuple[type[Any], ...]
+    """The protocols (medge.spec) whose operations it can write: which parts it can build."""
+
+    def parts(self, spec: AnySpec) -> tuple[Part, ...]:
+        """The parts that become files of their own."""
+        ...
 
     def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """Whether this part can be built in this scheme."""

@@ -25,7 +25,7 @@ from medge.manifest import Format
 from medge.quantize.calibrate import Range
 from medge.quantize.coreml import StoredWeights, refusal, refusal_ios17, stored_bits
 from medge.quantize.scheme import Rule, Scheme
-from medge.spec import BuildOptions, ModelSpec, Part, Weight
+from medge.spec import AnySpec, BuildOptions, Ops, Part, Weight
 
 
 @dataclass
@@ -164,8 +164,13 @@ class CoremlExporter:
 
     format: Format = "coreml"
     extra = "coreml"
+    operators = (Ops,)
 
-    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
+    def parts(self, spec: AnySpec) -> tuple[Part, ...]:
+        """All: each is a graph."""
+        return spec.parts
+
+    def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """Whether MIL has an operation for every rule. Dynamic activations are computed in fp16, which is finer."""
         for rule in scheme.rules:
             found = refusal(rule)

@@ -15,7 +15,7 @@ from medge.manifest import Format
 from medge.quantize.calibrate import Range
 from medge.quantize.executorch import Linears, refusal
 from medge.quantize.scheme import Rule, Scheme
-from medge.spec import BuildOptions, ModelSpec, Part, TensorSpec
+from medge.spec import AnySpec, BuildOptions, Ops, Part, TensorSpec
 
 
 def _shapes(specs: tuple[TensorSpec, ...]) -> str:
@@ -47,8 +47,13 @@ class ExecutorchExporter:
 
     format: Format = "executorch"
     extra = "executorch"
+    operators = (Ops,)
 
-    def supports(self, spec: ModelSpec, part: Part, scheme: Scheme) -> Support:
+    def parts(self, spec: AnySpec) -> tuple[Part, ...]:
+        """All: each is a graph."""
+        return spec.parts
+
+    def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """Every family whose parts are written against `Ops`, in the widths that XNNPACK has kernels for."""
         found = refusal(scheme)
         return Support(False, *found) if found else Support(True)

@@ -46,12 +46,9 @@ def require_support(exporter: Exporter, spec: AnySpec, scheme: Scheme) -> None:
     Raises:
         UnsupportedError: one cannot, with its reason and the nearest scheme that can.
     """
-    for part in spec.parts:
-        support = (
-            exporter.supports(spec, part, scheme)
-            if part.build or exporter.format == "gguf"
-            else _no_graph(part, exporter.format)
-        )
+    for part in exporter.parts(spec):
+        known = part.operators in exporter.operators
+        support = exporter.supports(spec, part, scheme) if known else _no_graph(part, exporter.format)
         if not support.ok:
             nearest = f"Nearest: --scheme {support.nearest}. " if support.nearest else ""
             raise UnsupportedError(support.reason, f"{nearest}All: medge targets")

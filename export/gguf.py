@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from medge.export import gguf_chat
 from medge.export.base import PartJob, Support, Written
 from medge.export.gguf_keys import Key, keys
+from medge.export.onnx import OnnxExporter
 from medge.manifest import Format
 from medge.quantize.gguf import BLOCK, MLP_MULTIPLE, block_type, pack, refusal
-from medge.quantize.scheme import Rule, Scheme
+from medge.quantize.scheme import Rule, Scheme, load
 from medge.runtimes.ggml_weights import UNFOLD
 from medge.runtimes.gguf_file import ALIGNMENT, MAGIC, VERSION, BlockType, ValueType
 from medge.runtimes.gguf_names import PROJECTOR, tensor_name
-from medge.spec import AnySpec, BuildOptions, ChatSpec, Part, Weight
+from medge.spec import AnySpec, BuildOptions, ChatSpec, DecoderOps, Ops, Part, ProjectorOps, Weight
 
 _EXACT = Rule(match=".*", bits=32)
 """Biases, norms and positions: a thousandth of the file, and ggml adds in float32."""
@@ -126,6 +127,11 @@ class GgufExporter:
 
     format: Format = "gguf"
     extra = "gguf"
+    operators = (Ops, ProjectorOps, DecoderOps)  # llama.cpp has a graph of its own for the latter two
+
+    def parts(self, spec: AnySpec) -> tuple[Part, ...]:
+        """Not the embedding: it is a tensor of the decoder's file."""
+        return tuple(part for part in spec.parts if part.name != "embedding")
 
     def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
         """SigLIP and Gemma 3, in the schemes whose rules ggml has blocks for."""
@@ -137,8 +143,11 @@ class GgufExporter:
         return block_type(rule).bits
 
     def write(self, job: PartJob, folder: Path) -> Written:
-        """Stream the part into one file."""
-        return gguf_chat.write(job, folder) if job.part.build is None else self._dual(job, folder)
+        """Stream the part into one file; an image tower into ONNX where the settings say so."""
+        if job.part.name == "vision" and job.settings.get("vision") == "onnx":
+            written = OnnxExporter().write(replace(job, scheme=load("int8")), folder)
+            return Written(written.files, {"scheme": "int8"} | written.facts)
+        return gguf_chat.write(job, folder) if job.part.operators is not Ops else self._dual(job, folder)
 
     def _dual(self, job: PartJob, folder: Path) -> Written:
         ops = GgufOps(job.scheme)

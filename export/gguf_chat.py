@@ -21,7 +21,8 @@ from medge.export.base import PartJob, Written
 from medge.export.gguf_keys import Key
 from medge.export.gguf_stream import Planned, whole_blocks
 from medge.export.gguf_vocabulary import vocabulary
-from medge.models.gemma3 import PROJECTOR, TOWER, Gemma3Config, TextConfig
+from medge.models.gemma3 import Gemma3Config, TextConfig
+from medge.models.gemma3_graph import PROJECTOR, TOWER
 from medge.quantize.ggml_blocks import TypeName, engine
 from medge.quantize.gguf import PALETTES
 from medge.quantize.importance import ImportanceMatrix

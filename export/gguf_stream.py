@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from medge.errors import MedgeError
 from medge.export.gguf_keys import Key
 from medge.quantize.ggml_blocks import BLOCK, GGML_TYPE, TypeName, quantize_rows, row_bytes
+from medge.quantize.ordered import ordered
 from medge.runtimes.gguf_file import ALIGNMENT, MAGIC, VERSION
 from medge.spec import FloatArray
 
@@ -79,24 +79,12 @@ def write(path: Path, keys: Sequence[Key], tensors: Sequence[Planned], on_tensor
 
 
 def _append(stream: BinaryIO, tensors: Sequence[Planned], on_tensor: Callable[[int], None]) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for tensor in tensors:
-            for packed in _packed(tensor, pool):
-                stream.write(packed.data)
-            stream.write(b"\0" * (_padded(tensor.bytes) - tensor.bytes))
-            stream.flush()  # whole for a later run, before anyone waits minutes for the next tensor's shard
-            on_tensor(int(np.prod(tensor.shape, dtype=np.int64)))
-
-
-def _packed(tensor: Planned, pool: ThreadPoolExecutor) -> Iterator[NDArray[np.uint8]]:
-    """The tensor's rows in order, a few pieces ahead of the writer."""
-    ahead: deque[Future[NDArray[np.uint8]]] = deque()
-    for rows in tensor.rows(tensor.step):
-        ahead.append(pool.submit(_quantize, tensor, rows))
-        if len(ahead) > (os.cpu_count() or 1):
-            yield ahead.popleft().result()
-    for future in ahead:
-        yield future.result()
+    for tensor in tensors:
+        for packed in ordered(partial(_quantize, tensor), tensor.rows(tensor.step)):
+            stream.write(packed.data)
+        stream.write(b"\0" * (_padded(tensor.bytes) - tensor.bytes))
+        stream.flush()  # whole for a later run, before anyone waits minutes for the next tensor's shard
+        on_tensor(int(np.prod(tensor.shape, dtype=np.int64)))
 
 
 def _quantize(tensor: Planned, rows: NDArray[Any]) -> NDArray[np.uint8]:

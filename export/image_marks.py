@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from medge.checkpoint import Checkpoint
-from medge.runtimes.torch_checkpoint import Vocabulary
+from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.spec import FloatArray
 
 RESERVED = range(5986, 6242)
@@ -32,7 +32,7 @@ def image_mark_flaw(checkpoint: Checkpoint) -> str:
     spec = checkpoint.chat_spec
     if spec.image is None:
         return ""
-    vocabulary, mark = Vocabulary(checkpoint.root), spec.chat.image_end
+    vocabulary, mark = Vocabulary(checkpoint.root / VOCABULARY), spec.chat.image_end
     id = vocabulary.find(mark)
     if id is None:
         return f"the vocabulary has no {mark}. {REMEDY}"

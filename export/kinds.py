@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medge.export import importance, parity
+from medge.export.genai import CONFIG, genai_config
 from medge.export.gguf_vocabulary import chat_template
 from medge.export.image_marks import image_mark_flaw
 from medge.export.request import Request
-from medge.manifest import Parity
+from medge.manifest import Parity, write_json
 from medge.quantize.scheme import Scheme
 from medge.runtimes import open_embedder
 from medge.runtimes.tokenizer import SiglipTokenizer
+from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.samples import list_images, sample_root, sample_texts
 from medge.spec import ChatSpec, Part
+
+TOKENIZER = (VOCABULARY, "tokenizer_config.json")
+"""The second is for other tools: medge needs the first alone."""
 
 
 class Kind(Protocol):
@@ -105,8 +110,10 @@ class Chat:
     """MedGemma: a chat template."""
 
     def check(self, request: Request) -> None:
-        """There is a chat template, and what an importance matrix needs."""
+        """There are a chat template, a vocabulary, and what an importance matrix needs."""
         chat_template(request.checkpoint.root)
+        if request.format != "gguf":  # whose exporter reads the vocabulary for its own purpose
+            Vocabulary(request.checkpoint.root / VOCABULARY)
         importance.check(request, self.scheme(request))
 
     def scheme(self, request: Request) -> Scheme:
@@ -115,15 +122,24 @@ class Chat:
         return request.scheme.for_layers(int(config.get("text_config", config)["num_hidden_layers"]))
 
     def files(self, request: Request, folder: Path) -> list[str]:
-        """The chat template, under one name wherever the checkpoint keeps it."""
+        """The chat template, under one name wherever the checkpoint keeps it, and the vocabulary."""
         name = request.checkpoint.chat_spec.chat.template
         (folder / name).write_text(chat_template(request.checkpoint.root), encoding="utf-8")
-        return [name]
+        if request.format == "gguf":  # whose files hold the vocabulary
+            return [name]
+        names = [name, *(file for file in TOKENIZER if (request.checkpoint.root / file).is_file())]
+        for file in names[1:]:
+            shutil.copyfile(request.checkpoint.root / file, folder / file)
+        if request.format != "onnx":
+            return names
+        vocabulary = Vocabulary(folder / VOCABULARY)
+        write_json(folder / CONFIG, genai_config(request.checkpoint.chat_spec, vocabulary, request.context))
+        return [*names, CONFIG]
 
     def fields(self, request: Request) -> dict[str, Any]:
         """Preprocessing and chat format."""
         spec = request.checkpoint.chat_spec
-        return {"image": spec.image, "chat": spec.chat}
+        return {"image": spec.image, "chat": spec.chat.model_copy(update={"context": request.context})}
 
     def facts(self, request: Request, part: Part) -> dict[str, str]:
         """Of the image tower: whether the checkpoint knows the token that ends an image."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from medge.checkpoint import Checkpoint
 from medge.errors import require
-from medge.models.gemma3 import PROJECTOR, TEXT_PREFIX, TOWER
+from medge.models.gemma3 import TEXT_PREFIX
+from medge.models.gemma3_graph import PROJECTOR, TOWER
 from medge.quantize.ggml_blocks import widened
 from medge.runtimes.generate import Prompt
 from medge.runtimes.preprocess import preprocess

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from medge.checkpoint import Checkpoint
-from medge.export.onnx import OnnxOps
 from medge.export.onnx_graph import Graph
+from medge.export.onnx_ops import OnnxOps
 from medge.quantize.calibrate import Layer
 from medge.quantize.onnx import Linears
 from medge.quantize.scheme import load

@@ -2,143 +2,31 @@
 
 The graph is written directly, not traced: no torch, one tensor in memory, and each operator is the one that
 ONNX Runtime has a fast kernel for. Opens in plain `onnxruntime`: attention takes com.microsoft's
-MultiHeadAttention or MatMulIntegerToFloat, contrib operators of every ONNX Runtime build, phones included.
+MultiHeadAttention, GroupQueryAttention or MatMulIntegerToFloat, contrib operators of every ONNX Runtime build, phones
+included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
+from medge.export import range_scan
 from medge.export.base import PartJob, Support, Written
-from medge.export.onnx_graph import CONTRIB, OPSET, Graph
+from medge.export.onnx_decoder import OnnxDecoderOps
+from medge.export.onnx_graph import DECODER_OPSET, OPSET, Graph
+from medge.export.onnx_ops import OnnxOps
+from medge.export.onnx_projector import OnnxProjectorOps
 from medge.manifest import Format
-from medge.quantize.onnx import SPEED, UNFOLD, Linears
-from medge.quantize.onnx_attention import IntegerAttention
+from medge.quantize.onnx import UNFOLD, Linears
+from medge.quantize.onnx_blocks import BlockLinears
 from medge.quantize.scheme import Rule, Scheme
-from medge.spec import AnySpec, BuildOptions, Part, Weight
+from medge.runtimes.onnx_backend import SPEED
+from medge.spec import AnySpec, BuildOptions, ChatSpec, DecoderOps, Ops, Part, ProjectorOps
 
-
-@dataclass
-class OnnxOps:
-    """`medge.spec.Ops` over ONNX values, which are names."""
-
-    graph: Graph
-    linear: Linears
-    integer_attention: int | None = None
-    """How many tokens attend to each other, where that is to be done in integers."""
-    taps: dict[str, tuple[str, Weight]] | None = None
-    """When a dict: filled with each linear layer's weight and a graph value that samples its input."""
-    tap_rows: int = 16
-    """How many rows (tokens) of a layer's input a tap samples, evenly spread."""
-
-    def patches(self, pixels: str, weight: Weight, bias: Weight, at: str) -> str:
-        """A strided convolution, then (B, D, H, W) -> (B, N, D)."""
-        kernel = weight.read()
-        bits = self.linear.scheme.rule(at).bits
-        stored = self.linear.stored(f"{at}.weight", kernel, bits)
-        strides = list(kernel.shape[2:])
-        inputs = [pixels, stored, self.graph.weight(f"{at}.bias", bias.read())]
-        y = self.graph.node("Conv", inputs, f"{at}.conv", strides=strides, kernel_shape=strides)
-        shape = self.graph.weight(f"{at}.shape", np.array([0, len(kernel), -1], np.int64))
-        y = self.graph.node("Reshape", [y, shape], f"{at}.flat")
-        return self.graph.node("Transpose", [y], f"{at}.out", perm=[0, 2, 1])
-
-    def embedding(self, ids: str, table: Weight, at: str) -> str:
-        """Rows of a table; 8 bits: int8 rows and a scale each, multiplied after the gather."""
-        rule = self.linear.scheme.rule(at)
-        if rule.bits > 8:
-            return self.graph.node(
-                "Gather", [self.linear.stored(f"{at}.weight", table.read(), rule.bits), ids], f"{at}.out"
-            )
-        matrix, scales = self.linear.rows(at, table)
-        rows = self.graph.node("Gather", [matrix, ids], f"{at}.rows")
-        rows = self.graph.node("Cast", [rows], f"{at}.rows.float", to=1)
-        return self.graph.node("Mul", [rows, self.graph.node("Gather", [scales, ids], f"{at}.scales")], f"{at}.out")
-
-    def add(self, x: str, y: str, at: str) -> str:
-        """A residual."""
-        return self.graph.node("Add", [x, y], f"{at}.out")
-
-    def add_weight(self, x: str, y: Weight, at: str) -> str:
-        """A position embedding."""
-        bits = self.linear.scheme.rule(at).bits
-        return self.graph.node("Add", [x, self.linear.stored(f"{at}.weight", y.read(), max(bits, 16))], f"{at}.out")
-
-    def layer_norm(self, x: str, gain: Weight, bias: Weight, eps: float, at: str) -> str:
-        """ONNX's own LayerNormalization."""
-        weights = [
-            self.graph.weight(f"{at}.weight", gain.read()),
-            self.graph.weight(f"{at}.bias", bias.read()),
-        ]
-        return self.graph.node("LayerNormalization", [x, *weights], f"{at}.out", axis=-1, epsilon=eps)
-
-    def linears(self, x: str, layers: Mapping[str, tuple[Weight, Weight | None]]) -> list[str]:
-        """Quantized by the scheme's rules."""
-        if self.taps is not None:
-            tap = self._tap(x, next(iter(layers)))
-            self.taps |= {name: (tap, weight) for name, (weight, _) in layers.items()}
-        return self.linear.emit(x, layers)
-
-    def gelu_tanh(self, x: str, at: str) -> str:
-        """ONNX's Gelu in its tanh form."""
-        return self.graph.node("Gelu", [x], f"{at}.out", approximate="tanh")
-
-    def attention(self, q: str, k: str, v: str, heads: int, width: int, at: str) -> str:
-        """Fused in floats, in blocks that fit the cache; or in integers where the scheme says so and it pays."""
-        if self.integer_attention:
-            return IntegerAttention(self.graph, heads, self.integer_attention, at).emit(q, k, v, width // heads)
-        y = self.graph.node("MultiHeadAttention", [q, k, v], f"{at}.attended", domain=CONTRIB, num_heads=heads)
-        self.graph.shape(y, ["batch", f"{at}.tokens", f"{at}.width"])
-        return y
-
-    def attention_pool(self, x: str, scores: Weight, value: tuple[Weight, Weight], at: str) -> str:
-        """Softmax over the tokens a head, the tokens' mean a head, then the head's own slice of the projection."""
-        weight, bias = value[0].read(), value[1].read()
-        matrix = scores.read()
-        heads, (out, inp) = matrix.shape[1], weight.shape
-        y = self.graph.node("MatMul", [x, self.graph.weight(f"{at}.scores", matrix)], f"{at}.scores.tokens")
-        y = self.graph.node("Transpose", [y], f"{at}.scores.heads", perm=[0, 2, 1])
-        y = self.graph.node("Softmax", [y], f"{at}.probabilities", axis=-1)
-        y = self.graph.node("MatMul", [y, x], f"{at}.means")  # (B, H, D)
-        y = self.graph.node(
-            "Unsqueeze", [y, self.graph.weight(f"{at}.axis", np.array([2], np.int64))], f"{at}.means.row"
-        )
-        by_head = np.ascontiguousarray(weight.reshape(heads, out // heads, inp).transpose(0, 2, 1))
-        bits = max(16, self.linear.scheme.rule(f"{at}.v_proj").bits)
-        y = self.graph.node("MatMul", [y, self.linear.stored(f"{at}.v_proj.weight", by_head, bits)], f"{at}.values")
-        shape = self.graph.weight(f"{at}.shape", np.array([0, 1, -1], np.int64))
-        y = self.graph.node("Reshape", [y, shape], f"{at}.joined")
-        return self.graph.node("Add", [y, self.graph.weight(f"{at}.v_proj.bias", bias)], f"{at}.out")
-
-    def token(self, x: str, index: int, at: str) -> str:
-        """One token of each sequence."""
-        return self.graph.node(
-            "Gather", [x, self.graph.weight(f"{at}.index", np.array(index, np.int64))], f"{at}.out", axis=1
-        )
-
-    def _tap(self, x: str, at: str) -> str:
-        """(rows, in): tokens i * n / rows of the flattened input, so that any token count is sampled evenly."""
-        width = self.graph.node("Shape", [x], f"{at}.tap.width", start=-1)
-        shape = self.graph.node(
-            "Concat",
-            [self.graph.weight("tap.any", np.array([-1], np.int64)), width],
-            f"{at}.tap.shape",
-            axis=0,
-        )
-        flat = self.graph.node("Reshape", [x, shape], f"{at}.tap.rows")
-        count = self.graph.node("Shape", [flat], f"{at}.tap.count", start=0, end=1)
-        steps = self.graph.weight("tap.steps", np.arange(self.tap_rows, dtype=np.int64))
-        scaled = self.graph.node("Mul", [steps, count], f"{at}.tap.scaled")
-        rows = self.graph.weight("tap.count", np.array([self.tap_rows], np.int64))
-        index = self.graph.node("Div", [scaled, rows], f"{at}.tap.index")
-        return self.graph.node("Gather", [flat, index], f"tap:{at}", axis=0)
-
-
+RESIDUAL_SCALE = 1 / 64
+"""Of a decoder's residual stream in float16: a factor of 40 to spare over the largest value measured."""
 LONG = 256
 """Tokens from which attention in integers beats the fused operator; below, its many small nodes cost more."""
 
@@ -148,11 +36,12 @@ def _integer_attention(scheme: Scheme, part: Part) -> int | None:
     return part.tokens if scheme.attention == 8 and scheme.activations != "none" and part.tokens >= LONG else None
 
 
-def _gelu(path: Path) -> str:
-    """Which GELU the written file holds."""
+def _gelu(path: Path) -> dict[str, str]:
+    """Which GELU the written file holds, where it holds one."""
     nodes = onnx.load(path, load_external_data=False).graph.node
     forms = (onnx.helper.get_node_attr_value(node, "approximate") for node in nodes if node.op_type == "Gelu")
-    return ", ".join(sorted({form.decode() for form in forms}))
+    found = ", ".join(sorted({form.decode() for form in forms}))
+    return {"gelu": found} if found else {}
 
 
 def _cannot(rule: Rule, scheme: Scheme) -> Support:
@@ -179,15 +68,31 @@ def _cannot(rule: Rule, scheme: Scheme) -> Support:
     return next((Support(False, reason, nearest) for holds, reason, nearest in cases if holds), Support(True))
 
 
+def _cannot_chat(scheme: Scheme) -> Support:
+    """What medge does not measure on a chat model."""
+    if scheme.calibration is not None:
+        return Support(False, "medge calibrates no ranges on chat models yet", "int8")
+    if scheme.budget is not None:
+        return Support(False, "medge measures no sensitivity on chat models yet", "int4")
+    return Support(True)
+
+
 class OnnxExporter:
     """Writes image_encoder.onnx, text_encoder.onnx, …, each with its .data file."""
 
     format: Format = "onnx"
     extra = "export"
+    operators = (Ops, ProjectorOps, DecoderOps)
+
+    def parts(self, spec: AnySpec) -> tuple[Part, ...]:
+        """All: each is a graph."""
+        return spec.parts
 
     def supports(self, spec: AnySpec, part: Part, scheme: Scheme) -> Support:
-        """Every family whose parts are written against `Ops`; not weights in integers under float activations."""
-        found = (_cannot(rule, scheme) for rule in reversed(scheme.rules))  # the last rule is for most layers
+        """Not weights in integers under float activations."""
+        found = [_cannot(rule, scheme) for rule in reversed(scheme.rules)]  # the last rule is for most layers
+        if isinstance(spec, ChatSpec):
+            found.append(_cannot_chat(scheme))
         return next((support for support in found if not support.ok), Support(True))
 
     def stored_bits(self, rule: Rule) -> float:
@@ -195,17 +100,21 @@ class OnnxExporter:
         return rule.bits + (16 / rule.block if rule.block else 0)
 
     def write(self, job: PartJob, folder: Path) -> Written:
-        """Stream the part into a graph; checked by onnx's own checker before it counts."""
-        path = folder / f"{job.part.name}.onnx"
-        with Graph(path) as graph:
-            linear = Linears(graph, job.scheme, job.ranges)
-            ops = OnnxOps(graph, linear, _integer_attention(job.scheme, job.part))
+        """Stream the part into a graph; checked by onnx's own checker before it counts.
+
+        Raises:
+            RegressedError: a decoder that is to be fit for float16 passes its range.
+        """
+        path, options = folder / f"{job.part.name}.onnx", _options(job)
+        facts = _scanned(job, options)
+        with Graph(path, OPSET if job.part.operators is Ops else DECODER_OPSET) as graph:
             inputs = {spec.name: spec.name for spec in job.part.inputs}
-            for name, value in job.graph(ops, inputs, BuildOptions(mlp_multiple=job.scheme.block)):
+            for name, value in job.graph(_operations(graph, job), inputs, options):
                 graph.node("Identity", [value], name)
+            facts |= {"reads": ", ".join(sorted(graph.borrowed))} if graph.borrowed else {}
             files = graph.save(job.part.name, job.part.inputs, job.outputs)
         onnx.checker.check_model(path, full_check=True)
-        return Written(files, {"gelu": _gelu(path)})
+        return Written(files, facts | _gelu(path))
 
     def session(self, scheme: Scheme) -> dict[str, str]:
         """4-bit files need their weights unfolded at load; no file gains from a fusion with a slow kernel."""
@@ -214,3 +123,26 @@ class OnnxExporter:
     def tools(self) -> dict[str, str]:
         """Versions of what wrote the files."""
         return {"onnx": onnx.__version__, "opset": str(OPSET)}
+
+
+def _operations(graph: Graph, job: PartJob) -> OnnxOps:
+    if job.part.operators is DecoderOps:
+        return OnnxDecoderOps(graph, BlockLinears(graph, job.scheme), context=job.context)
+    linear, tokens = Linears(graph, job.scheme, job.ranges), _integer_attention(job.scheme, job.part)
+    if job.part.operators is ProjectorOps:
+        return OnnxProjectorOps(graph, linear, tokens, decoder=graph.path.with_name("decoder.onnx"))
+    return OnnxOps(graph, linear, tokens)
+
+
+def _options(job: PartJob) -> BuildOptions:
+    """A file of 16-bit weights is fit to be computed in float16, whoever computes it."""
+    half = any(rule.bits == 16 for rule in job.scheme.rules[-1:])
+    return BuildOptions(mlp_multiple=job.scheme.block, residual_scale=RESIDUAL_SCALE if half else 1.0)
+
+
+def _scanned(job: PartJob, options: BuildOptions) -> dict[str, str]:
+    """The largest value of a decoder that is to be fit for float16, found before it is written."""
+    if options.residual_scale == 1 or job.part.operators is not DecoderOps:
+        return {}
+    peak = range_scan.check(job.checkpoint, options, job.on_step)
+    return {"largest value": f"{peak:.4g}", "residual scale": f"1/{1 / options.residual_scale:g}"}

@@ -67,7 +67,7 @@ def _write(request: Request, kind: Kind, exporter: Exporter, folder: Path) -> No
     spec = request.checkpoint.any_spec
     evidence = gather(replace(request, scheme=kind.scheme(request)), exporter.stored_bits, folder / _WORK)
     advance = request.counter("write weights", spec.parameters)
-    jobs = (part_job(request, part, evidence, advance) for part in spec.parts)
+    jobs = (part_job(request, part, evidence, advance) for part in exporter.parts(spec))
     parts = {job.part.name: _part(exporter, job, folder, kind.facts(request, job.part)) for job in jobs}
     request.checkpoint.check_unread()
     manifest = _manifest(request, kind, exporter, evidence, parts, _texts(request, kind, folder))
@@ -93,6 +93,7 @@ def part_job(request: Request, part: Part, evidence: Evidence, on_tensor: Callab
         tapped=request.tapped,
         on_step=request.on_progress,
         samples=partial(samples, request, part),
+        context=request.context,
     )
 
 

@@ -15,7 +15,7 @@ from medge.errors import UsageError
 from medge.progress import Progress, counter
 from medge.quantize.scheme import Scheme
 from medge.samples import list_images, sample_root
-from medge.spec import ModelSpec, Task, Variant, variant
+from medge.spec import ChatSpec, ModelSpec, Task, Variant, variant
 from medge.staging import stamp
 
 
@@ -53,9 +53,18 @@ SETTINGS = {
     "fallback": Setting(
         "error or allow: whether a heavy operation may stay outside XNNPACK", ("error", "allow"), "executorch"
     ),
+    "context": Setting("tokens that a chat model's cache may hold, at most", format="onnx", task="generate"),
+    "vision": Setting(
+        "gguf (llama.cpp's image tower) or onnx (int8 in ONNX Runtime, several times faster)",
+        ("gguf", "onnx"),
+        "gguf",
+        task="generate",
+    ),
     "target": Setting("the oldest system to run on, ios18 or ios17", ("ios18", "ios17"), "coreml"),
     "input": Setting("array (a float tensor) or image (RGB pixels, scaled inside)", ("array", "image"), "coreml"),
 }
+CONTEXT = 32_768
+"""Room for a CT series of 85 slices, which is 21,760 tokens. Rotations for MedGemma's own 131,072 would take 268 MB."""
 PARITY_SAMPLES = 4
 PARITY_SAMPLES_LARGE = 2
 """From LARGE parameters on, where one image through the fp32 reference costs as much as the export itself."""
@@ -81,7 +90,7 @@ class Request:
             self._check(name, value)
         if isinstance(self.checkpoint.any_spec, ModelSpec):
             _ = self.variant  # say now what would be wrong after minutes of work
-        _ = self.parity_samples
+        _ = self.parity_samples, self.context
         if self.checkpoint.root.resolve().is_relative_to(self.out.resolve()):
             raise UsageError(f"{self.out} holds the checkpoint itself", "Name another folder")
 
@@ -112,6 +121,20 @@ class Request:
         """The preprocessing variant, validated."""
         value = self.settings.get("variant", self.checkpoint.spec.image.variant)
         return variant(value)
+
+    @property
+    def context(self) -> int:
+        """Tokens that an artifact's cache may hold: rotations are stored for as many. 0 of a dual encoder."""
+        spec = self.checkpoint.any_spec
+        if not isinstance(spec, ChatSpec):
+            return 0
+        own = spec.chat.context
+        if self.format != "onnx":
+            return own
+        value = self.settings.get("context", str(min(own, CONTEXT)))
+        if not (value.isdecimal() and 1 < int(value) <= own):
+            raise UsageError(f"context={value} is no number of tokens", f"The model takes 2 to {own:,}")
+        return int(value)
 
     @property
     def parity_samples(self) -> int:

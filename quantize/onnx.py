@@ -6,7 +6,7 @@ Every form below is plain ONNX, which ONNX Runtime fuses into its integer kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,9 +19,6 @@ from medge.quantize.weights import Quantized, quantize
 from medge.spec import FloatArray, Weight
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT; this module needs no onnx
-
-SPEED = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
-"""ONNX Runtime's SkipLayerNormalization is 10 times slower on a CPU than the Add and LayerNormalization it replaces."""
 
 UNFOLD = {"session.disable_quant_qdq": "1"}
 """Lets ONNX Runtime compute DequantizeLinear(int4) -> QuantizeLinear(int8) once, at load. Without it the pair
@@ -43,6 +40,14 @@ class Graph(Protocol):
 
     def weight(self, name: str, value: np.ndarray[Any, Any]) -> str:
         """Append an initializer."""
+        ...
+
+    def stream(self, name: str, dtype: str, pieces: Iterable[np.ndarray[Any, Any]]) -> tuple[int, ...]:
+        """Append an initializer piece by piece; returns its shape."""
+        ...
+
+    def shape(self, name: str, shape: Sequence[int | str]) -> None:
+        """State a value's shape behind a contrib operator."""
         ...
 
     def weight_int4(self, name: str, value: np.ndarray[Any, Any]) -> str:
@@ -77,7 +82,7 @@ class Linears:
         """A float weight that no integer kernel takes (embeddings, patches), stored in 32 or 16 bits."""
         if bits == 32:
             return self.graph.weight(at, value)
-        half = self.graph.weight(f"{at}.fp16", _to_fp16(at, value))
+        half = self.graph.weight(f"{at}.fp16", to_fp16(at, value))
         return self.graph.node("Cast", [half], at, to=_FLOAT)
 
     def rows(self, at: str, table: Weight) -> tuple[str, str]:
@@ -142,7 +147,7 @@ class Linears:
         already too much for a phone.
         """
         block = quantized.values.shape[1] // quantized.scales.shape[1]
-        channel = _to_fp16(at, np.abs(quantized.dequantize()).max(1, keepdims=True) / np.float32(127))[:, 0]
+        channel = to_fp16(at, np.abs(quantized.dequantize()).max(1, keepdims=True) / np.float32(127))[:, 0]
         channel = np.where(channel == 0, np.float16(1), channel)  # a padded channel: any scale but 0
         zeros = self.graph.weight(f"{at}.weight.zero", np.zeros(len(channel), np.int8))
         packed = self.graph.weight_int4(f"{at}.weight.int4", np.ascontiguousarray(quantized.values.T))
@@ -154,7 +159,7 @@ class Linears:
         return matrix, self.graph.weight(f"{name}.scale", channel.astype(np.float32))
 
 
-def _to_fp16(at: str, value: FloatArray) -> np.ndarray[Any, Any]:
+def to_fp16(at: str, value: FloatArray) -> np.ndarray[Any, Any]:
     """float16, refusing what it cannot hold."""
     if np.abs(value).max(initial=0) > 65504:
         raise UnsupportedError(f"'{at}' holds values beyond 65504, which float16 cannot", "Use scheme int8 or fp32")

@@ -69,14 +69,21 @@ def open_generator(path: str | Path, options: RunOptions | None = None) -> Gener
     artifact = Artifact.open(path)
     if artifact.manifest.task != "generate":
         raise UnsupportedError(f"{path} is no chat model", "Use: medge classify, medge embed")
-    if artifact.manifest.format != "gguf":
-        raise UnsupportedError(f"This medge runs no chat models in {artifact.manifest.format} yet", "Use --format gguf")
-    require_installed("llama_cpp", "gguf")
-    from medge.runtimes.llama_backend import LlamaGenerator
+    if artifact.manifest.format not in _GENERATORS:
+        raise UnsupportedError(
+            f"This medge runs no chat models in {artifact.manifest.format} yet", "Use --format gguf or onnx"
+        )
+    module, name, package, extra = _GENERATORS[artifact.manifest.format]
+    require_installed(package, extra)
+    opened = getattr(importlib.import_module(module), name)(artifact, options or RunOptions())
+    return cast("Generator", opened)
 
-    return LlamaGenerator(artifact, options or RunOptions())
 
-
+_GENERATORS = {
+    "gguf": ("medge.runtimes.llama_backend", "LlamaGenerator", "llama_cpp", "gguf"),
+    "onnx": ("medge.runtimes.onnx_generator", "OnnxGenerator", "tokenizers", "chat"),
+}
+"""Format -> module, class, the package that it needs, the extra that brings it."""
 _COREML_NEEDS = "coremltools" if sys.platform == "darwin" else "numpy"
 _BACKENDS = {
     "onnx": ("medge.runtimes.onnx_backend", "OnnxBackend", "onnxruntime", ""),

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from medge.errors import CorruptError, UsageError
 from medge.runtimes.llama_model import Model, complaints
+from medge.runtimes.prefix import BATCH, ROWS
+from medge.runtimes.watch import Watch
 from medge.spec import FloatArray
 
-BATCH = 512
-"""Tokens computed at once; an image's always are, since each sees all of the others."""
-ROWS = 128
-"""Tokens whose logits are kept at once, at most: 134 MB over Gemma's vocabulary."""
 _ABORTED = 2
-
-
-class Watch:
-    """Asks whether to stop, from within native code.
-
-    What the question raises (Ctrl-C arrives there) would be lost in a callback: it is kept, and raised by `check`.
-    """
-
-    def __init__(self) -> None:
-        self.begin(never)
-
-    def begin(self, cancelled: Callable[[], bool]) -> None:
-        """Ask this from now on."""
-        self._cancelled = cancelled
-        self._error: BaseException | None = None
-
-    def __call__(self, *_: Any) -> bool:
-        """Whether native code should stop now."""
-        try:
-            return self._error is not None or self._cancelled()
-        except BaseException as error:
-            self._error = error
-            return True
-
-    def check(self) -> bool:
-        """Whether to stop; raises what the question had raised."""
-        stop = self()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return stop
-
-
-def never() -> bool:
-    """No question is ever answered with yes."""
-    return False
 
 
 class Context:

@@ -28,30 +28,30 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 class Sampler:
     """Chooses one token after another; its random numbers begin at the seed."""
 
-    def __init__(self, model: Model, options: GenerateOptions) -> None:
+    def __init__(self, model: Model, context: Context, options: GenerateOptions) -> None:
         """Build the chain.
 
         Raises:
             UsageError: llama.cpp cannot parse the grammar, or the JSON Schema says what no grammar enforces.
         """
-        self._api = model.api
+        self._api, self._context = model.api, context
         self._grammar = _grammar(model, options)
         self._chain = self._api.llama_sampler_chain_init(self._api.llama_sampler_chain_default_params())
         for sampler in _samplers(self._api, options):
             self._api.llama_sampler_chain_add(self._chain, sampler)
         self.close = weakref.finalize(self, _free, self._api, [self._chain, self._grammar], model)
 
-    def sample(self, context: Context) -> int | None:
+    def sample(self) -> int | None:
         """The next token by the context's last logits; None where the grammar leaves none.
 
         With a grammar, the choice is made without it first and only checked: a grammar that has to judge 262,144
         tokens costs more than the model does.
         """
-        token = int(self._api.llama_sampler_sample(self._chain, context.handle, -1))
+        token = int(self._api.llama_sampler_sample(self._chain, self._context.handle, -1))
         if self._grammar is None:
             return token
         if not self._allowed(np.array([(token, 0, 0)], _CANDIDATE))[0]:
-            chosen = self._constrained(context)
+            chosen = self._constrained()
             if chosen is None:
                 return None
             token = chosen
@@ -67,8 +67,8 @@ class Sampler:
         self._api.llama_sampler_apply(self._grammar, ctypes.byref(_view(self._api, candidates)))
         return np.asarray(candidates["logit"] > -np.inf)
 
-    def _constrained(self, context: Context) -> int | None:
-        logits = context.logits()
+    def _constrained(self) -> int | None:
+        logits = self._context.logits()
         candidates = np.zeros(len(logits), _CANDIDATE)
         candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
         candidates = candidates[self._allowed(candidates)]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from medge.errors import CorruptError, require
 from medge.runtimes.gguf_header import F16, F32, GgufHeader
-from medge.runtimes.llama_context import Watch
 from medge.runtimes.llama_model import Model, complaints, refused
+from medge.runtimes.watch import Watch
 from medge.spec import FloatArray
 
 _IMAGE = 1

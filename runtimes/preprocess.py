@@ -33,7 +33,11 @@ def preprocess(picture: Picture, spec: ImageSpec) -> FloatArray:
     Raises:
         UsageError: `serving` would pad the picture to a square that is too large.
     """
-    small = resize(picture, spec)
+    return normalized(resize(picture, spec), spec)
+
+
+def normalized(small: NDArray[np.uint8], spec: ImageSpec) -> FloatArray:
+    """(size, size, 3) 8-bit RGB to (3, size, size) float32."""
     levels = np.arange(256, dtype=np.float64) * (1 / 255)  # in double, then rounded, as transformers does
     mean, std = np.array([spec.mean, spec.std], dtype=np.float32)[:, :, None]
     table = (levels.astype(np.float32) - mean) / std

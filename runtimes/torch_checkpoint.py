@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medge.checkpoint import Checkpoint
-from medge.errors import CorruptError, UsageError, WeightsError, require
-from medge.models.gemma3 import PROJECTOR, TEXT_PREFIX, TOWER
+from medge.errors import CorruptError, WeightsError, require
+from medge.models.gemma3 import TEXT_PREFIX
+from medge.models.gemma3_graph import PROJECTOR, TOWER
 
 _READ = 16_777_216
 """Weights read at once: 64 MB as float32."""
@@ -26,64 +26,6 @@ _MODULES = {
     PROJECTOR: "model.multi_modal_projector.",
 }
 """A checkpoint's prefix -> transformers' own."""
-
-
-class Vocabulary:
-    """The checkpoint's tokenizer.json."""
-
-    def __init__(self, root: Path) -> None:
-        """Read it.
-
-        Raises:
-            WeightsError: it is missing.
-            CorruptError: it is none.
-        """
-        self._path = root / "tokenizer.json"
-        if not self._path.is_file():
-            raise WeightsError(f"{self._path} is missing", "Copy it from the model's page beside the weights")
-        try:
-            self._tokenizer: Any = require("tokenizers", "export").Tokenizer.from_file(str(self._path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CorruptError(f"{self._path} is no tokenizer: {error}", "Download it again") from None
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {token for token, entry in added.items() if entry.special}
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, special tokens read as such, nothing added.
-
-        Raises:
-            UsageError: the text holds a lone surrogate, which no UTF-8 can express.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError("A text holds bytes that are no UTF-8", "Give it as UTF-8") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def special(self, text: str) -> int:
-        """The id of a special token.
-
-        Raises:
-            CorruptError: there is no such token.
-        """
-        token = self.find(text)
-        if token is None:
-            raise CorruptError(f"{self._path} has no token '{text}'", "Download it again")
-        return token
-
-    def find(self, text: str) -> int | None:
-        """The id of a token; None where there is none."""
-        token: int | None = self._tokenizer.token_to_id(text)
-        return token
-
-    def piece(self, token: int) -> bytes:
-        """A token's bytes; none for special tokens. Part of a character where the token is a byte."""
-        name = self._tokenizer.id_to_token(token)
-        if name is None or token in self._special:  # some ids of the output matrix name no token
-            return b""
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
-        return bytes([int(byte[1], 16)]) if byte else bytes(name.replace("▁", " ").encode())
 
 
 def chat_template(root: Path, name: str) -> str:

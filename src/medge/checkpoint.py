@@ -136,7 +136,7 @@ class Checkpoint:
 
     def weight(self, name: str) -> Weight:
         """One tensor, unread; what architectures are built from."""
-        return Weight(name, lambda: self.read(name))
+        return Weight(name, lambda: self.read(name), lambda step: self.raw_rows(name, step))
 
     def scalars(self) -> dict[str, float]:
         """What scoring needs beside the embeddings."""

@@ -12,7 +12,7 @@ from medge.demo import GENERATOR
 from medge.export import image_marks
 from medge.export.image_marks import RESERVED, image_mark_flaw
 from medge.export.synth import synthesize
-from medge.runtimes.torch_checkpoint import Vocabulary
+from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.spec import FloatArray
 from medge.tensorfile import Entry
 
@@ -32,7 +32,7 @@ class Gemmas(Vocabulary):
 def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     synthesize("medgemma-4b-it", "tiny", tmp_path / "chat")
     monkeypatch.setattr(image_marks, "Vocabulary", Gemmas)
-    assert Gemmas(tmp_path / "chat").find("<end_of_image>") == END
+    assert Gemmas(tmp_path / "chat" / VOCABULARY).find("<end_of_image>") == END
     return Checkpoint.open(tmp_path / "chat")
 
 

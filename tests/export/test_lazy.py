@@ -22,7 +22,7 @@ from medge.export import hub, synth
 from medge.export.pipeline import export
 from medge.export.request import Request
 from medge.manifest import sha256, write_json
-from medge.models.gemma3 import PROJECTOR, TOWER
+from medge.models.gemma3_graph import PROJECTOR, TOWER
 from medge.quantize.scheme import load
 from medge.shards import AT_ONCE, INDEX
 from medge.tensorfile import read_header, shard, write_chunks

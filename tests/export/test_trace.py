@@ -11,7 +11,7 @@ import pytest
 
 from medge.checkpoint import Checkpoint
 from medge.errors import UsageError
-from medge.export.onnx import OnnxOps
+from medge.export.onnx_ops import OnnxOps
 from medge.export.trace import first_divergence, trace
 from medge.manifest import Artifact
 from medge.quantize.scheme import Rule, Scheme

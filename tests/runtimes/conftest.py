@@ -1,4 +1,4 @@
-"""A tiny Gemma 3 with an image tower, its transformers model and its GGUF artifact, one of each a session."""
+"""A tiny Gemma 3 with an image tower, its transformers model and its artifacts, one of each a session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import medge.models
-from medge.manifest import Artifact
 from medge.models import gemma3
 from medge.runtimes.base import RunOptions
 from medge.runtimes.generate import Generator
@@ -26,6 +25,9 @@ class TinyGemma:
     """Both sides of the comparison."""
 
     artifact: Path
+    """In GGUF."""
+    onnx: Path
+    """The same in ONNX."""
     model: Any
     """transformers' Gemma3ForConditionalGeneration, fp32, its weights exact in bf16."""
     processor: Any
@@ -50,26 +52,27 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyGemma:
         shutil.copy(TOKENIZER / name, root / "checkpoint")
     checkpoint = Checkpoint.open(root / "checkpoint")
     export(Request(checkpoint, "gguf", load("fp16"), root / "artifact", {"parity": "off"}))
+    export(Request(checkpoint, "onnx", load("fp16"), root / "onnx", {"parity": "off"}))
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     pixels = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = Gemma3ImageProcessor(**pixels, image_seq_length=TOKENS)
     template = (TOKENIZER / "chat_template.jinja").read_text(encoding="utf-8")
     processor = Gemma3Processor(images, tokenizer, template, image_seq_length=TOKENS)
-    return TinyGemma(root / "artifact", model, processor)
+    return TinyGemma(root / "artifact", root / "onnx", model, processor)
 
 
-@pytest.fixture(scope="session")
-def _one_generator(gemma: TinyGemma) -> Iterator[Generator]:
-    from medge.runtimes.llama_backend import LlamaGenerator
+@pytest.fixture(scope="session", params=["gguf", "onnx"])
+def _one_generator(gemma: TinyGemma, request: pytest.FixtureRequest) -> Iterator[Generator]:
+    from medge.runtimes import open_generator
 
-    generator = LlamaGenerator(Artifact.open(gemma.artifact), RunOptions(threads=1))
+    generator = open_generator(gemma.artifact if request.param == "gguf" else gemma.onnx, RunOptions(threads=1))
     yield generator
     generator.close()
 
 
 @pytest.fixture
 def generator(_one_generator: Generator) -> Generator:
-    """The artifact, opened, with nothing in its cache."""
+    """The artifact, opened in each runtime, with nothing in its cache."""
     _one_generator.forget()
     return _one_generator
 

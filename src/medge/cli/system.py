@@ -15,6 +15,7 @@ _EXTRAS = {
     "executorch": ("executorch",),
     "coreml": ("coremltools",),
     "gguf": ("gguf", "llama_cpp"),
+    "chat": ("llguidance", "tokenizers"),
     "eval": ("sklearn", "scipy"),
     "dicom": ("pydicom",),
     "device": ("adbutils",),

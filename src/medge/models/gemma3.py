@@ -8,18 +8,19 @@ MedGemma 4B: 34 layers of 2560, MLP 10240, 8 query and 4 key heads of 256, five 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from medge.models import siglip
-from medge.spec import ChatFormat, ChatSpec, ImageSpec, Part, TensorSpec
+from medge.models import gemma3_graph, siglip
+from medge.models.gemma3_graph import PROJECTOR, TOWER
+from medge.spec import ChatFormat, ChatSpec, DecoderOps, ImageSpec, Part, ProjectorOps, TensorSpec
 
 TEXT_PREFIX = "language_model.model."
-"""Where the multimodal checkpoints keep the text model; the text-only ones keep it under "model."."""
-TOWER = "vision_tower."
-PROJECTOR = "multi_modal_projector."
-
+"""Where the multimodal checkpoints keep the text model."""
+TEXT_ONLY_PREFIX = "model."
+"""Where those without an image tower keep it."""
 TIED_HEAD = "language_model.lm_head.weight"
 """The output matrix, which some writers store a second time: it is the embedding table."""
 
@@ -271,20 +272,17 @@ def spec(config: Mapping[str, Any], *, id: str, hub_id: str = "", revision: str 
         pydantic.ValidationError: a field is missing or contradicts another.
     """
     parsed = Gemma3Config.model_validate(config)
-    text, vision = parsed.text_config, parsed.vision_config
-    tokens = parsed.mm_tokens_per_image
-    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, vision.image_size, vision.image_size))
-    embeds = TensorSpec(name="image_embeds", dtype="float32", shape=("batch", tokens, text.hidden_size))
+    text = parsed.text_config
     return ChatSpec(
         id=id,
         hub_id=hub_id,
         revision=revision,
-        parts=(_decoder(text), Part("vision", (pixels,), (embeds,), vision.tokens)),
+        parts=(*_text_parts(text, TEXT_PREFIX, images=True), _vision(parsed)),
         tensors=tensors(parsed),
         config=dict(config),
         # Gemma3ImageProcessor: Pillow bilinear, antialiased, no crop: what MedSigLIP's fine-tuning does too
-        image=ImageSpec(size=vision.image_size, variant="finetune"),
-        chat=ChatFormat(image_tokens=tokens, context=text.max_position_embeddings),
+        image=ImageSpec(size=parsed.vision_config.image_size, variant="finetune"),
+        chat=ChatFormat(image_tokens=parsed.mm_tokens_per_image, context=text.max_position_embeddings),
     )
 
 
@@ -299,15 +297,34 @@ def text_spec(config: Mapping[str, Any], *, id: str, hub_id: str = "", revision:
         id=id,
         hub_id=hub_id,
         revision=revision,
-        parts=(_decoder(text),),
-        tensors=dict(text_tensors(text, "model.")),
+        parts=_text_parts(text, TEXT_ONLY_PREFIX, images=False),
+        tensors=dict(text_tensors(text, TEXT_ONLY_PREFIX)),
         config=dict(config),
         image=None,
         chat=ChatFormat(context=text.max_position_embeddings),
     )
 
 
-def _decoder(config: TextConfig) -> Part:
+def _text_parts(config: TextConfig, prefix: str, *, images: bool) -> tuple[Part, Part]:
+    """The decoder, and what turns ids into its input: their rows of the table that is also its output matrix."""
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"))
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "tokens", config.vocab_size))
-    return Part("decoder", (ids,), (logits,), config.max_position_embeddings)
+    embeds = TensorSpec(name="inputs_embeds", dtype="float32", shape=("batch", "tokens", config.hidden_size))
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "kept", config.vocab_size))
+    length = config.max_position_embeddings
+    decoder = partial(gemma3_graph.decoder, config=config, prefix=prefix, images=images)
+    embedding = partial(gemma3_graph.token_embeddings, config=config, prefix=prefix)
+    return (
+        Part("decoder", (embeds,), (logits,), length, decoder, DecoderOps, gemma3_graph.blocks(prefix, config)),
+        Part("embedding", (ids,), (embeds,), length, embedding, ProjectorOps),
+    )
+
+
+def _vision(config: Gemma3Config) -> Part:
+    vision = config.vision_config
+    size = vision.image_size
+    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", vision.num_channels, size, size))
+    shape = ("batch", config.mm_tokens_per_image, config.text_config.hidden_size)
+    embeds = TensorSpec(name="image_embeds", dtype="float32", shape=shape)
+    build = partial(gemma3_graph.image_embeddings, config=config)
+    blocks = siglip.blocks(f"{TOWER}vision_model", vision)
+    return Part("vision", (pixels,), (embeds,), vision.tokens, build, ProjectorOps, blocks)

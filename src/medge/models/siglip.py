@@ -194,15 +194,23 @@ def _map_head(ops: Ops[V], read: Read, x: V, config: VisionConfig, options: Buil
     return ops.token(y, 0, f"{at}.pooled")
 
 
+def image_states(ops: Ops[V], pixels: V, read: Read, tower: str, config: VisionConfig, options: BuildOptions) -> V:
+    """(B, 3, S, S) in [-1, 1] -> (B, N, D): the normalized states of all patches, before any pooling.
+
+    `tower` is the checkpoint's prefix of the image tower.
+    """
+    at = f"{tower}.embeddings"
+    x = ops.patches(pixels, *_linear(read, f"{at}.patch_embedding"), f"{at}.patch_embedding")
+    x = ops.add_weight(x, read(f"{at}.position_embedding.weight"), f"{at}.position_embedding")
+    x = _encoder(ops, read, x, tower, config, options)
+    return _norm(ops, read, x, f"{tower}.post_layernorm", config.layer_norm_eps)
+
+
 def image_encoder(
     ops: Ops[V], inputs: Mapping[str, V], read: Read, options: BuildOptions, *, config: VisionConfig
 ) -> V:
     """pixel_values (B, 3, S, S) in [-1, 1] -> image_embeds (B, D), not normalized."""
-    at = "vision_model.embeddings"
-    x = ops.patches(inputs["pixel_values"], *_linear(read, f"{at}.patch_embedding"), f"{at}.patch_embedding")
-    x = ops.add_weight(x, read(f"{at}.position_embedding.weight"), f"{at}.position_embedding")
-    x = _encoder(ops, read, x, "vision_model", config, options)
-    x = _norm(ops, read, x, "vision_model.post_layernorm", config.layer_norm_eps)
+    x = image_states(ops, inputs["pixel_values"], read, "vision_model", config, options)
     return _map_head(ops, read, x, config, options)
 
 
@@ -275,7 +283,7 @@ def tensors(config: SiglipConfig) -> dict[str, tuple[int, ...]]:
     return scalars | dict(_text_shapes(config.text_config)) | dict(vision_shapes(config.vision_config))
 
 
-def _blocks(tower: str, config: TowerConfig) -> dict[str, str]:
+def blocks(tower: str, config: TowerConfig) -> dict[str, str]:
     """Where each module of the checkpoint ends among the operations."""
     layers = (f"{tower}.encoder.layers.{i}" for i in range(config.num_hidden_layers))
     return {
@@ -294,7 +302,7 @@ def _parts(config: SiglipConfig) -> tuple[Part, Part]:
             (TensorSpec(name="image_embeds", dtype="float32", shape=("batch", vision.hidden_size)),),
             vision.tokens,
             partial(image_encoder, config=vision),
-            _blocks("vision_model", vision) | {"vision_model.post_layernorm": "vision_model.post_layernorm"},
+            blocks=blocks("vision_model", vision) | {"vision_model.post_layernorm": "vision_model.post_layernorm"},
         ),
         Part(
             "text_encoder",
@@ -302,7 +310,7 @@ def _parts(config: SiglipConfig) -> tuple[Part, Part]:
             (TensorSpec(name="text_embeds", dtype="float32", shape=("batch", text.projection)),),
             text.max_position_embeddings,
             partial(text_encoder, config=text),
-            _blocks("text_model", text),
+            blocks=blocks("text_model", text),
         ),
     )
 

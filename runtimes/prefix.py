@@ -11,22 +11,87 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medge.errors import UsageError
 from medge.runtimes.generate import Tally
-from medge.runtimes.llama_context import BATCH, ROWS, Context, Watch
-from medge.runtimes.llama_vision import Vision
+from medge.runtimes.watch import Watch
 from medge.spec import FloatArray
 
 EMBEDDING_BYTES = 128 * 2**20
 """Room for the embeddings of about 50 images of MedGemma 4B."""
 
+BATCH = 512
+"""Tokens computed at once; an image's always are, since each sees all of the others."""
+ROWS = 128
+"""Tokens whose logits are kept at once, at most: 134 MB over Gemma's vocabulary."""
+
 Cell = int | str
 """One place of a prompt: a token, or all of an image by its hash."""
 Pixels = NDArray[np.uint8]
+
+
+class Decoder(Protocol):
+    """A decoder and its cache of keys and values over one sequence, which only its end changes."""
+
+    def keep(self, length: int) -> bool:
+        """Cut the sequence to its first `length` positions. False, and all is gone, where those cannot be built on."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        ...
+
+    def step(self, token: int) -> None:
+        """Append one token; its logits are then at `logits`."""
+        ...
+
+    def tokens(self, ids: Sequence[int], outputs: int = 0) -> bool:
+        """Append up to BATCH tokens, keeping the logits of the last `outputs`. False when cancelled within."""
+        ...
+
+    def image(self, embeddings: FloatArray, outputs: int = 0) -> bool:
+        """Append an image's (N, D) embeddings, each seeing all of them. False when cancelled within."""
+        ...
+
+    def logits(self) -> FloatArray:
+        """(vocabulary,) logits after the last token, a copy.
+
+        Raises:
+            CorruptError: the weights give no numbers.
+        """
+        ...
+
+    def block(self, count: int) -> FloatArray:
+        """(count, vocabulary) logits: all that the last call kept, a copy.
+
+        Raises:
+            CorruptError: the weights give no numbers.
+        """
+        ...
+
+    def close(self) -> Any:
+        """Give the memory back."""
+        ...
+
+
+class Encoder(Protocol):
+    """An image tower with its projector."""
+
+    def encode(self, pixels: Pixels) -> FloatArray | None:
+        """(S, S, 3) 8-bit RGB -> (tokens, D) float32, or None when cancelled within.
+
+        Raises:
+            CorruptError: the weights give no numbers, or not as many as stated.
+        """
+        ...
+
+    def close(self) -> Any:
+        """Give the memory back."""
+        ...
 
 
 def image_hash(pixels: Pixels) -> str:
@@ -38,10 +103,10 @@ class Prefix:
     """The cells whose keys and values a context holds, always the first ones of what it holds."""
 
     def __init__(
-        self, context: Context, open_vision: Callable[[], Vision] | None, image_tokens: int, watch: Watch
+        self, context: Decoder, open_vision: Callable[[], Encoder] | None, image_tokens: int, watch: Watch
     ) -> None:
         self._context, self._open_vision, self._image_tokens, self._watch = context, open_vision, image_tokens, watch
-        self._vision: Vision | None = None
+        self._vision: Encoder | None = None
         self._cells: list[Cell] = []
         self._embeddings: OrderedDict[str, FloatArray] = OrderedDict()
 
@@ -123,7 +188,7 @@ class Prefix:
             self._cells.append(key)
         return done
 
-    def _tower(self) -> Vision:
+    def _tower(self) -> Encoder:
         if self._vision is None:
             if self._open_vision is None:
                 raise UsageError("An image is given and the model has no image tower", "Leave the image out")
