@@ -6,7 +6,6 @@ the host then meets both sides. Both write the text model and the image tower's 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from medge.benchmarks.bandwidth import read_bandwidth
-from medge.benchmarks.full_size import medge, spend
+from medge.benchmarks.full_size import medge, show_goals, spend
 from medge.benchmarks.host import fingerprint
 from medge.benchmarks.latency import in_process
 from medge.benchmarks.llama_tools import LlamaTools, build, with_sentencepiece
@@ -168,9 +169,6 @@ def goals(rounds: Sequence[Round]) -> Iterator[Goal]:
 
 def show(rounds: Sequence[Round], threads: int) -> None:
     """Tables for people, then one JSON line."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(width=110)
     costs = Table(
         "job", "wall s", "CPU s", "peak GB", title=f"{MODEL}, {threads} threads, {fingerprint().cpu}, medians"
@@ -187,13 +185,7 @@ def show(rounds: Sequence[Round], threads: int) -> None:
         rates = [f"{np.median([getattr(one, field) for one in measured]):.2f}" for field in fields]
         speeds.add_row(kind, *rates, f"{np.median([one.bandwidth_share for one in measured]):.1%}")
     console.print(speeds)
-    promises = Table("goal", "measured", "bound", "met")
-    found = list(goals(rounds))
-    for goal in found:
-        bound = f"{'≥' if goal.at_least else '≤'} {goal.bound:.3g}"
-        promises.add_row(goal.what, f"{goal.value:.3f}", bound, "yes" if goal.met else "NO")
-    console.print(promises)
-    sys.stdout.write(json.dumps({goal.what: goal.value for goal in found}) + "\n")
+    show_goals(console, list(goals(rounds)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from medge.benchmarks import peers
 from medge.benchmarks.host import fingerprint
 from medge.benchmarks.latency import peak_rss
-from medge.benchmarks.races import OPTIMUM, RACES, Measured, Race, Usage, embeds, export_job
+from medge.benchmarks.races import OPTIMUM, RACES, Goal, Measured, Race, Usage, embeds, export_job
 from medge.spec import FloatArray
 
 ROUNDS, REPEATS, WARM = 5, 5, 2
@@ -137,9 +139,6 @@ def _save_pixels(folder: Path, images: Sequence[Path]) -> None:
 
 def show(race: Race, measured: Measured, threads: int) -> None:
     """Tables for people, then one JSON line."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(width=140)
     heads = ("contender", "s an image", f"x {race.base}", "peak MB", "load s", "file MB", "cosine", "centred")
     table = Table(*heads, title=f"image tower, batch 1, {threads} threads, {fingerprint().cpu}")
@@ -160,8 +159,12 @@ def show(race: Race, measured: Measured, threads: int) -> None:
     for name, cost in measured.usage.items():
         costs.add_row(name, f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{cost.rss / 1e9:.2f}")
     console.print(costs)
+    show_goals(console, list(race.goals(measured)))
+
+
+def show_goals(console: Console, goals: Sequence[Goal]) -> None:
+    """What was promised and whether it holds, then one JSON line."""
     promises = Table("goal", "measured", "bound", "met")
-    goals = list(race.goals(measured))
     for goal in goals:
         bound = f"{'≥' if goal.at_least else '≤'} {goal.bound:g}"
         promises.add_row(goal.what, f"{goal.value:.4g}", bound, "yes" if goal.met else "NO")

@@ -22,7 +22,6 @@ from medge.prompts import Item, read_prompts
 from medge.runtimes.chat import IMAGE_TOKEN, ChatTemplate
 from medge.runtimes.generate import Message, Prompt
 from medge.runtimes.images import load_image
-from medge.runtimes.torch_checkpoint import chat_template
 from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.samples import list_images, sample_root
 
@@ -115,7 +114,7 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         spec = checkpoint.chat_spec
         self._chat = spec.chat
-        self._template = ChatTemplate(chat_template(checkpoint.root, spec.chat.template), spec.chat)
+        self._template = ChatTemplate(checkpoint.chat_template(), spec.chat)
         self._vocabulary = Vocabulary(checkpoint.root / VOCABULARY)
 
     def chunks(self, items: Sequence[Item]) -> Iterator[Prompt]:

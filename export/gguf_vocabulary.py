@@ -9,16 +9,15 @@ holds "▁" beside another "▁" or a space are not the same; what they spell is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from medge.checkpoint import Checkpoint
 from medge.errors import CorruptError, WeightsError
 from medge.export.gguf_keys import Key
 from medge.runtimes.gguf_file import ValueType
+from medge.shards import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's llama_token_type."""
@@ -48,30 +47,14 @@ def vocabulary(checkpoint: Checkpoint, size: int) -> Iterator[Key]:
     yield Key("tokenizer.ggml.add_bos_token", ValueType.BOOL, True)
     yield Key("tokenizer.ggml.add_eos_token", ValueType.BOOL, False)
     yield Key("tokenizer.ggml.add_space_prefix", ValueType.BOOL, False)
-    yield Key("tokenizer.chat_template", ValueType.STRING, chat_template(checkpoint.root))
-
-
-def chat_template(root: Path) -> str:
-    """The checkpoint's own chat template: a file of its own, or a field of tokenizer_config.json.
-
-    Raises:
-        WeightsError: it has none.
-    """
-    path = root / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for name, field in (("chat_template.json", "chat_template"), ("tokenizer_config.json", "chat_template")):
-        template = _json(root / name).get(field) if (root / name).is_file() else None
-        if isinstance(template, str):
-            return template
-    raise WeightsError(f"{root} has no chat template", "Copy chat_template.jinja from the model's page")
+    yield Key("tokenizer.chat_template", ValueType.STRING, checkpoint.chat_template())
 
 
 def _pieces(checkpoint: Checkpoint, size: int) -> tuple[list[str], list[float], list[int], dict[str, int]]:
     path = checkpoint.root / "tokenizer.json"
     if not path.is_file():
         raise WeightsError(f"{path} is missing", "Copy it from the model's page beside the weights")
-    document = _json(path)
+    document = read_json(path)
     try:
         # The image token is in text-only checkpoints' tokenizers too, one past the last row of their embedding.
         added = [one for one in document["added_tokens"] if int(one["id"]) < size]
@@ -97,13 +80,3 @@ def _add(one: dict[str, Any], pieces: list[str], scores: list[float], types: lis
     control = bool(one.get("special")) or text in _TURNS
     pieces[i] = text if control else text.replace("▁", " ")
     scores[i], types[i] = _OTHERS_SCORE, CONTROL if control else USER_DEFINED
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is no JSON: {error}", "Download it again") from None
-    if not isinstance(document, dict):
-        raise CorruptError(f"{path} holds no JSON object", "Download it again")
-    return document

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from medge.export import importance, parity
 from medge.export.genai import CONFIG, genai_config
-from medge.export.gguf_vocabulary import chat_template
 from medge.export.image_marks import image_mark_flaw
 from medge.export.request import Request
 from medge.manifest import Parity, write_json
@@ -111,7 +110,7 @@ class Chat:
 
     def check(self, request: Request) -> None:
         """There are a chat template, a vocabulary, and what an importance matrix needs."""
-        chat_template(request.checkpoint.root)
+        request.checkpoint.chat_template()
         if request.format != "gguf":  # whose exporter reads the vocabulary for its own purpose
             Vocabulary(request.checkpoint.root / VOCABULARY)
         importance.check(request, self.scheme(request))
@@ -124,7 +123,7 @@ class Chat:
     def files(self, request: Request, folder: Path) -> list[str]:
         """The chat template, under one name wherever the checkpoint keeps it, and the vocabulary."""
         name = request.checkpoint.chat_spec.chat.template
-        (folder / name).write_text(chat_template(request.checkpoint.root), encoding="utf-8")
+        (folder / name).write_text(request.checkpoint.chat_template(), encoding="utf-8")
         if request.format == "gguf":  # whose files hold the vocabulary
             return [name]
         names = [name, *(file for file in TOKENIZER if (request.checkpoint.root / file).is_file())]

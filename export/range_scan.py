@@ -7,7 +7,6 @@ import numpy as np
 from medge.checkpoint import Checkpoint
 from medge.errors import RegressedError
 from medge.export.eager import EagerOps
-from medge.export.gguf_vocabulary import chat_template
 from medge.progress import Progress
 from medge.runtimes.chat import ChatTemplate
 from medge.runtimes.generate import Message
@@ -55,7 +54,7 @@ def scan(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> d
 def _ids(checkpoint: Checkpoint) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """(1, N) ids of a prompt in the model's own format."""
     chat = checkpoint.chat_spec.chat
-    template = ChatTemplate(chat_template(checkpoint.root), chat)
+    template = ChatTemplate(checkpoint.chat_template(), chat)
     (text,), _ = template.pieces([Message("user", (" ".join(sample_texts(64)),))])
     ids = Vocabulary(checkpoint.root / VOCABULARY).tokenize(text)
     return np.array([ids[:TOKENS]], np.int64)

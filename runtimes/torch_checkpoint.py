@@ -1,4 +1,4 @@
-"""A chat checkpoint's files as torch and transformers need them: weights, vocabulary, chat template.
+"""A chat checkpoint's files as torch and transformers need them: its weights.
 
 Weights come as `Checkpoint` has proven them: bfloat16 is mapped from its file, so that a model opens in seconds and the
 system may drop what it needs elsewhere; anything else is converted some rows at a time, without a second copy.
@@ -6,15 +6,13 @@ system may drop what it needs elsewhere; anything else is converted some rows at
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medge.checkpoint import Checkpoint
-from medge.errors import CorruptError, WeightsError, require
+from medge.errors import CorruptError, require
 from medge.models.gemma3 import TEXT_PREFIX
 from medge.models.gemma3_graph import PROJECTOR, TOWER
 
@@ -26,18 +24,6 @@ _MODULES = {
     PROJECTOR: "model.multi_modal_projector.",
 }
 """A checkpoint's prefix -> transformers' own."""
-
-
-def chat_template(root: Path, name: str) -> str:
-    """The checkpoint's chat template: a file of its own or, in older checkpoints, a field of another."""
-    if (root / name).is_file():
-        return (root / name).read_text(encoding="utf-8")
-    for other in ("chat_template.json", "tokenizer_config.json"):
-        if (root / other).is_file():
-            found = json.loads((root / other).read_bytes()).get("chat_template")
-            if isinstance(found, str):
-                return found
-    raise WeightsError(f"{root} has no chat template", f"Copy {name} from the model's page")
 
 
 def load(checkpoint: Checkpoint, device: str, dtype: Any) -> Any:

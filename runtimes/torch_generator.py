@@ -20,7 +20,7 @@ from medge.runtimes.chat import ChatTemplate
 from medge.runtimes.generate import context_size
 from medge.runtimes.guidance import array_sampler
 from medge.runtimes.loop import Engine, LoopGenerator
-from medge.runtimes.torch_checkpoint import chat_template, load
+from medge.runtimes.torch_checkpoint import load
 from medge.runtimes.torch_decoder import TorchDecoder, TorchModel, TorchVision
 from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.runtimes.watch import Watch
@@ -74,7 +74,7 @@ class TorchGenerator(LoopGenerator):
         torch: Any = require("torch", "export")
         spec = checkpoint.chat_spec
         device_name = torch.cuda.get_device_name() if device == "cuda" else device
-        template = ChatTemplate(chat_template(checkpoint.root, spec.chat.template), spec.chat)
+        template = ChatTemplate(checkpoint.chat_template(), spec.chat)
         self._model = load(checkpoint, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
         vocabulary = Vocabulary(checkpoint.root / VOCABULARY, self._model.lm_head.out_features)
         model = TorchModel(self._model, device, Watch())

@@ -153,6 +153,22 @@ class Checkpoint:
             raise WeightsError(f"{path} is missing", "Copy it from the model's page beside the weights")
         return path
 
+    def chat_template(self) -> str:
+        """The chat template: a file of its own or, in older checkpoints, a field of another.
+
+        Raises:
+            WeightsError: there is none.
+            CorruptError: the file that should hold it is no JSON.
+        """
+        name = self.chat_spec.chat.template
+        if (self.root / name).is_file():
+            return (self.root / name).read_text(encoding="utf-8")
+        for other in ("chat_template.json", "tokenizer_config.json"):
+            found = read_json(self.root / other).get("chat_template") if (self.root / other).is_file() else None
+            if isinstance(found, str):
+                return found
+        raise WeightsError(f"{self.root} has no chat template", f"Copy {name} from the model's page")
+
     @cached_property
     def sha256(self) -> str:
         """Identity of the weights: the hash of the shards' hashes, in name order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from medge.checkpoint import Checkpoint
+from medge.demo import GENERATOR
+from medge.export import synth
 from medge.export.pipeline import export
 from medge.export.request import Request
 from medge.manifest import Artifact
@@ -71,3 +73,34 @@ def run_export(checkpoint: Path, tmp_path: Path) -> Callable[..., Artifact]:
         return export(Request(Checkpoint.open(root), format, found, out, settings, replace))
 
     return run
+
+
+@pytest.fixture
+def chat() -> Path:
+    """The demo generator: 64 pixels an image, where the tiny MedGemma has 896."""
+    return GENERATOR
+
+
+@pytest.fixture(scope="session")
+def text_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny text-only MedGemma."""
+    root = tmp_path_factory.mktemp("importance") / "text"
+    synth.synthesize("medgemma-27b-text-it", "tiny", root)
+    return root
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text("The lungs are clear. The heart is of normal size. " * 80, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tests run side by side, and torch's threads wait for each other."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

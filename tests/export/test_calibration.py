@@ -11,9 +11,8 @@ import pytest
 
 from medge.benchmarks import chat_data
 from medge.checkpoint import Checkpoint
-from medge.demo import GENERATOR
 from medge.errors import UsageError
-from medge.export import calibration, synth
+from medge.export import calibration
 from medge.export.calibration import CHUNK
 from medge.prompts import read_prompts
 from medge.runtimes.generate import Message
@@ -22,27 +21,6 @@ from medge.runtimes.torch_generator import open_reference
 from medge.samples import digest, list_images, sample_root
 
 IMAGE = list_images(sample_root(), 1)[0]
-
-
-@pytest.fixture
-def chat() -> Path:
-    """The demo generator: 64 pixels an image, where the tiny MedGemma has 896."""
-    return GENERATOR
-
-
-@pytest.fixture(scope="session")
-def text_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny text-only MedGemma."""
-    root = tmp_path_factory.mktemp("importance") / "text"
-    synth.synthesize("medgemma-27b-text-it", "tiny", root)
-    return root
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> Path:
-    path = tmp_path / "words.txt"
-    path.write_text("The lungs are clear. The heart is of normal size. " * 80, encoding="utf-8")
-    return path
 
 
 def test_a_text_is_read_in_chunks_that_begin_as_prompts_do(chat: Path, words: Path) -> None:

@@ -34,31 +34,9 @@ from medge.samples import sample_root
 from medge.spec import FloatArray
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TABLE = "language_model.model.embed_tokens.weight"
 Export = Callable[..., Artifact]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests run side by side, and torch's threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def chat() -> Path:
-    """The demo generator: 64 pixels an image, where the tiny MedGemma has 896."""
-    return GENERATOR
-
-
-@pytest.fixture(scope="session")
-def text_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny text-only MedGemma."""
-    root = tmp_path_factory.mktemp("importance") / "text"
-    synth.synthesize("medgemma-27b-text-it", "tiny", root)
-    return root
 
 
 @pytest.fixture
@@ -66,13 +44,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the user's; where matrices lie in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return platformdirs.user_cache_path("medge") / "importance"
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> Path:
-    path = tmp_path / "words.txt"
-    path.write_text("The lungs are clear. The heart is of normal size. " * 80, encoding="utf-8")
-    return path
 
 
 @pytest.fixture

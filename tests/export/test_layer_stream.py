@@ -11,7 +11,7 @@ import pytest
 
 from medge.checkpoint import Checkpoint
 from medge.demo import GENERATOR
-from medge.export import calibration, importance, synth
+from medge.export import calibration, importance
 from medge.export.gguf_chat import is_vision, names
 from medge.export.layer_stream import forward, steps
 from medge.export.request import Request
@@ -24,32 +24,10 @@ from medge.samples import list_images, sample_root
 from medge.spec import FloatArray
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE = list_images(sample_root(), 1)[0]
 TABLE = "language_model.model.embed_tokens.weight"
 OFF = {"parity": "off"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests run side by side, and torch's threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def chat() -> Path:
-    """The demo generator: 64 pixels an image, where the tiny MedGemma has 896."""
-    return GENERATOR
-
-
-@pytest.fixture(scope="session")
-def text_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny text-only MedGemma."""
-    root = tmp_path_factory.mktemp("importance") / "text"
-    synth.synthesize("medgemma-27b-text-it", "tiny", root)
-    return root
 
 
 @pytest.fixture(scope="session")

